@@ -1,0 +1,32 @@
+# demo: see HG-DPO work (12 minutes on two cores) · test: the tests · check: lint and types · world: make the embedded world again
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: setup demo test test-slow check world clean
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,figures]'
+	touch $@
+
+setup: $(VENV)/.ready
+
+demo: setup
+	$(BIN)/limner run recipes/figures/demo.yaml
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+check: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+world: setup
+	$(BIN)/limner figures make --config recipes/figures/world.yaml
+
+clean:
+	rm -rf runs $(VENV) .pytest_cache .mypy_cache .ruff_cache

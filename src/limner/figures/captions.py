@@ -1,0 +1,100 @@
+"""Words for figures: varied captions whose every word is known to speak of one attribute, and captions with wrong words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from limner.figures.scene import ATTRIBUTES, Figure
+
+# Which body parts a wrong word speaks of (names of `body.PARTS`; "place" = everything that is not the figure).
+REGION: dict[str, tuple[str, ...]] = {
+    "sex": ("torso", "hips", "face"), "build": ("torso", "hips", "thigh"), "hair": ("hair",), "hair_length": ("hair",),
+    "top": ("torso", "upperarm"), "sleeves": ("forearm",), "bottom": ("hips", "thigh"), "legwear": ("calf",),
+    "pose": ("upperarm", "forearm", "hand", "thigh", "calf", "shoe"), "place": ("place",),
+}  # fmt: skip
+
+_PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
+    "build": {"slim": ("slim", "thin"), "average": ("",), "heavy": ("heavy", "large")},
+    "hair": {"grey": ("grey", "silver")},
+    "pose": {
+        "standing": ("standing", "standing still"), "walking": ("walking", "taking a walk"), "running": ("running", "jogging"),
+        "kneeling": ("kneeling", "on both knees"), "waving": ("waving", "waving hello"), "cheering": ("cheering", "with both arms raised"),
+        "kicking": ("kicking", "kicking with one leg"), "pointing": ("pointing", "pointing to the side"),
+    },
+    "place": {
+        "park": ("in a park", "on the grass"), "beach": ("at the beach", "on the sand"), "city": ("in the city", "on a street"),
+        "room": ("in a room", "indoors"), "snow": ("in the snow", "on a snowy day"),
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Caption:
+    """text; attributes: what the text claims; words: for each whitespace-separated word the attribute it speaks of, or ""."""
+
+    text: str
+    attributes: dict[str, str]
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SwappedCaption:
+    """A caption with wrong words: their positions, and the body parts (or "place") that contradict them."""
+
+    text: str
+    wrong_words: tuple[int, ...]
+    attributes: tuple[str, ...]
+    region: tuple[str, ...]
+
+
+def describe(attributes: dict[str, str], seed: int) -> Caption:
+    """Write a caption. `seed` fixes template, synonyms and what is left unsaid; other attributes with the same seed differ only in their words.
+
+    Always named: sex, top, sleeves, bottom, legwear, pose, place. Build and hair are named more often than not.
+    """
+    rng = np.random.default_rng(seed)
+    choice = {name: int(rng.integers(2)) for name in ATTRIBUTES}
+    with_hair, with_length, template = rng.random() < 0.75, rng.random() < 0.6, int(rng.integers(4))
+
+    def say(name: str) -> list[tuple[str, str]]:
+        value = attributes[name]
+        options = _PHRASES.get(name, {}).get(value, (value,))
+        return [(word, name) for word in options[choice[name] % len(options)].split()]
+
+    plain = lambda text: [(word, "") for word in text.split()]  # noqa: E731
+    person = plain("a") + say("build") + say("sex")
+    hair = plain("with") + (say("hair_length") if with_length else []) + say("hair") + plain("hair") if with_hair else []
+    if attributes["sleeves"] == "long":
+        top = [("long-sleeved", "sleeves"), *say("top"), ("shirt", "")] if choice["sleeves"] else [*say("top"), ("sweater", "sleeves")]
+    else:
+        top = [("short-sleeved", "sleeves"), *say("top"), ("shirt", "")] if choice["sleeves"] else [*say("top"), ("t-shirt", "sleeves")]
+    legwear = ("pants" if choice["legwear"] else "trousers") if attributes["legwear"] == "trousers" else "shorts"
+    bottom = [*say("bottom"), (legwear, "legwear")]
+    pose, place = say("pose"), say("place")
+    both = plain("a") + top + plain("and") + bottom
+    words = [
+        person + hair + plain("wearing") + both + pose + place,
+        person + hair + pose + place + plain("in") + both,
+        person + pose + place + plain("wearing") + both + hair,
+        plain("photo of") + person + hair + plain("in") + both + pose + place,
+    ][template]
+    words = [(w, a) for w, a in words if w]
+    claimed = {a for _, a in words if a} | ({"build"} if attributes["build"] == "average" else set())
+    claimed -= {"build"} if attributes["build"] == "average" else set()  # saying nothing claims nothing
+    return Caption(" ".join(w for w, _ in words), {n: attributes[n] for n in ATTRIBUTES if n in claimed}, tuple(a for _, a in words))
+
+
+def swap(figure: Figure, seed: int, rng: np.random.Generator, count: int | None = None) -> SwappedCaption:
+    """The caption of `describe` with one to three attributes (or `count`) replaced by wrong values."""
+    right = describe(figure.attributes(), seed)
+    names = [n for n in right.attributes if n != "build"]
+    chosen = sorted(str(n) for n in rng.choice(names, size=count or int(rng.integers(1, 4)), replace=False))
+    attributes = figure.attributes()
+    for name in chosen:
+        others = [v for v in ATTRIBUTES[name] if v != attributes[name]]
+        attributes[name] = others[rng.integers(len(others))]
+    wrong = describe(attributes, seed)
+    positions = tuple(i for i, a in enumerate(wrong.words) if a in chosen)
+    return SwappedCaption(wrong.text, positions, tuple(chosen), tuple(sorted({p for n in chosen for p in REGION[n]})))
