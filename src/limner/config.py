@@ -1,0 +1,389 @@
+"""A recipe: YAML and command-line overrides to frozen dataclasses. Unknown keys are errors with their path.
+
+Option names follow diffusers' and peft's training scripts. `limner run RECIPE --print_config` shows every value.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The pipeline to improve.
+
+    Args:
+        path: a diffusers folder, a single-file checkpoint (.safetensors, .ckpt), or `figures` for the embedded one.
+        hub: fetch `path` from the model hub as an id.
+        mixed_precision: no, bf16 or fp16. Errors are reduced in float32 whatever it is.
+        device: auto, cpu, cuda, mps ...
+        channels_last: memory format of the UNet; faster on most machines.
+    """
+
+    path: str = "figures"
+    hub: bool = False
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    device: str = "auto"
+    channels_last: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Prompts and real images, by split.
+
+    Args:
+        train: captions (and, for reconstruction, their real images): .txt, .csv, .tsv, .jsonl, .parquet, an image folder with metadata.jsonl,
+            a WebDataset .tar, or `figures`.
+        validation: the same; what choices are made on.
+        test: the same; read by `evaluate` only.
+        max_train_prompts: use the first so many (0 = all).
+        max_validation_prompts: use the first so many (0 = all).
+        max_test_prompts: use the first so many (0 = all).
+        caption_column: its name in tables and metadata ("" = text, caption or prompt, whichever there is).
+        image_column: its name in tables ("" = image or file_name).
+        resolution: pixels of the shorter side (or of the bucket's square root area).
+        crop: center, random or none (none only with images of one size).
+        aspect_buckets: widths over heights that images are sorted into, e.g. [0.69, 1.0]; empty = square.
+    """
+
+    train: str = "figures"
+    validation: str = "figures"
+    test: str = "figures"
+    max_train_prompts: int = 0
+    max_validation_prompts: int = 0
+    max_test_prompts: int = 0
+    caption_column: str = ""
+    image_column: str = ""
+    resolution: int = 64
+    crop: Literal["center", "random", "none"] = "center"
+    aspect_buckets: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """DPM-Solver++ multistep with classifier-free guidance.
+
+    Args:
+        num_inference_steps: network steps an image.
+        guidance_scale: 1 = no guidance.
+        negative_prompt: text of the unconditional branch.
+        batch_size: images a batch; filled across prompts.
+    """
+
+    num_inference_steps: int = 25
+    guidance_scale: float = 5.0
+    negative_prompt: str = ""
+    batch_size: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Images of the training prompts to choose from.
+
+    Args:
+        images_per_prompt: N, at least 2 (HG-DPO: 20).
+        prompts_per_shard: how often work is saved.
+        keep_latents: of which images: selected (those that a stage may pick), all, or none.
+    """
+
+    images_per_prompt: int = 20
+    prompts_per_shard: int = 32
+    keep_latents: Literal["selected", "all", "none"] = "selected"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerSpec:
+    """Where a scorer's weights lie.
+
+    Args:
+        kind: clip (a transformers CLIPModel folder, e.g. PickScore), dual (a `limner scorer` folder) or reader.
+        path: a folder, or figures/<name> for an embedded one.
+    """
+
+    kind: Literal["clip", "dual", "reader"] = "clip"
+    path: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Which images take a role.
+
+    Args:
+        source: pool, reconstruction, real, or the name of an earlier stage. Written `from` in YAML.
+        pick: best or worst by score; all.
+        by: a scorer's name under `scorers`.
+        t: re-noising timesteps of reconstructions to choose from.
+        role: of an earlier stage: its winner or its loser.
+    """
+
+    source: str = "pool"
+    pick: Literal["best", "worst", "all"] = "best"
+    by: str = ""
+    t: list[int] = field(default_factory=list)
+    role: Literal["", "winner", "loser"] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learn:
+    """How a stage learns.
+
+    Args:
+        loss: dpo (Diffusion-DPO) or sft (denoising error of the winner).
+        beta: of DPO, per mean squared error, with the factor 1/2 of the original code.
+        statistics_weight: of HG-DPO's statistics-matching term (eq. 4); 0 = off.
+        sft_weight: adds the winner's denoising error.
+        loser_weight: multiplies the loser's gradient; `safeguard` picks it a sample.
+        safeguard: mu of Diffusion-SDPO's loser safeguard; 0 = off.
+        reference: base (adapter off) or start (the adapter of the stage before).
+        rank: of the LoRA.
+        lora_alpha: 0 = rank.
+        adapter: continue trains the LoRA of the starting stage on; stack merges it and trains a new one.
+        blocks: which UNet blocks get the LoRA: all, up, down, mid.
+        min_timestep: smallest noise level drawn.
+        max_timestep: largest, not included.
+        checkpointing_steps: how often the state is saved.
+        sample_steps: how often a grid of samples is drawn (0 = never).
+    """
+
+    loss: Literal["dpo", "sft"] = "dpo"
+    beta: float = 2500.0
+    statistics_weight: float = 0.0
+    sft_weight: float = 0.0
+    loser_weight: float = 1.0
+    safeguard: float = 0.0
+    reference: Literal["base", "start"] = "base"
+    rank: int = 8
+    lora_alpha: int = 0
+    adapter: Literal["continue", "stack"] = "continue"
+    blocks: list[str] = field(default_factory=lambda: ["all"])
+    learning_rate: float = 1e-5
+    lr_scheduler: Literal["constant", "cosine"] = "constant"
+    lr_warmup_steps: int = 0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 1e-2
+    use_8bit_adam: bool = False
+    max_grad_norm: float = 1.0
+    max_train_steps: int = 1000
+    train_batch_size: int = 4
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    caption_dropout: float = 0.0
+    min_timestep: int = 0
+    max_timestep: int = 1000
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int = 2
+    sample_steps: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of a curriculum: which image wins, which loses, what is kept, how to learn, from where to start.
+
+    Args:
+        start: the stage whose weights to start from ("" = the base model).
+        keep: winner_not_worse drops pairs whose winner scores below the loser (HG-DPO eq. 8).
+    """
+
+    start: str = ""
+    winner: Source = field(default_factory=Source)
+    loser: Source | None = None
+    keep: Literal["all", "winner_not_worse"] = "all"
+    learn: Learn = field(default_factory=Learn)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """How finished stages are used.
+
+    Args:
+        lora_scale: strength of the adapter (HG-DPO: 0.5).
+        blocks: where the adapter acts: all, up, down, mid (HG-DPO: up for the hard stage).
+        stage_blocks: the same for single stages, e.g. {hard: [up]}.
+    """
+
+    lora_scale: float = 1.0
+    blocks: list[str] = field(default_factory=lambda: ["all"])
+    stage_blocks: dict[str, list[str]] = field(default_factory=dict)
+    stage_lora_scale: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """What is measured.
+
+    Args:
+        preference: the scorer that selected examples (circular).
+        judge: a scorer that selected nothing.
+        reader: the reader of figures ("" = no ground truth for attributes, joints and defects).
+        split: test for a final result, validation for every choice.
+        diversity_prompts: prompts with 4 seeds each for diversity (0 = off).
+        stages: which to compare (empty = all).
+        num_examples: images that improved and worsened most, to show.
+    """
+
+    preference: str = ""
+    judge: str = ""
+    reader: str = ""
+    split: Literal["test", "validation"] = "test"
+    diversity_prompts: int = 64
+    stages: list[str] = field(default_factory=list)
+    num_examples: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run.
+
+    Args:
+        output_dir: every step writes a folder below it.
+        seed: all randomness follows from it.
+    """
+
+    name: str = ""
+    output_dir: str = ""
+    seed: int = 0
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    sampler: Sampler = field(default_factory=Sampler)
+    pool: Pool = field(default_factory=Pool)
+    scorers: dict[str, ScorerSpec] = field(default_factory=dict)
+    stages: dict[str, Stage] = field(default_factory=dict)
+    generate: Generate = field(default_factory=Generate)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+
+
+T = TypeVar("T")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply overrides such as `--stages.easy.learn.beta 500`.
+
+    Raises:
+        ValueError: no such file, not YAML, an unknown key (with its dotted path and a near match), a value of the wrong type.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except FileNotFoundError:
+        raise ValueError(f"no recipe {path}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    recipe = build(Recipe, values, [o.replace(".from", ".source") for o in overrides], str(path))
+    check(recipe)
+    return recipe
+
+
+def build(kind: type[T], values: dict[str, Any], overrides: Sequence[str] = (), where: str = "config") -> T:
+    """Make a config dataclass of nested values and command-line overrides.
+
+    Raises:
+        ValueError: an unknown key or a value of the wrong type; the message has `where` and the dotted path.
+    """
+    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentError  # type: ignore[attr-defined]
+
+    values = _rename(values)
+    _refuse_unknown(kind, values, where)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, None)
+    try:
+        parsed = parser.parse_object(values)
+        if overrides:
+            parsed = parser.parse_args(list(overrides), namespace=parsed)
+        return kind(**vars(parser.instantiate(parsed)))
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _rename(values: Any) -> Any:
+    """`from` is a keyword of Python: the field is called `source`."""
+    if isinstance(values, dict):
+        return {("source" if k == "from" else k): _rename(v) for k, v in values.items()}
+    return values
+
+
+def _refuse_unknown(kind: Any, values: Any, where: str, path: str = "") -> None:
+    args = [a for a in typing.get_args(kind) if a is not type(None)]
+    if typing.get_origin(kind) is dict and isinstance(values, dict):
+        for key, value in values.items():
+            _refuse_unknown(args[1], value, where, f"{path}{key}.")
+    elif args and isinstance(values, dict) and typing.get_origin(kind) is not list:
+        _refuse_unknown(args[0], values, where, path)
+    elif is_dataclass(kind) and isinstance(values, dict):
+        hints = typing.get_type_hints(kind)
+        known = [f.name for f in fields(kind)]
+        for key, value in values.items():
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, 1)
+                hint = f"did you mean {path}{near[0]}?" if near else f"known: {', '.join(known)}"
+                raise ValueError(f"{where}: unknown key {path}{key}; {hint}")
+            _refuse_unknown(hints[key], value, where, f"{path}{key}.")
+
+
+def check(recipe: Recipe) -> None:
+    """What types cannot say.
+
+    Raises:
+        ValueError: with the dotted path of the field and what was expected.
+    """
+    if recipe.pool.images_per_prompt < 2:
+        raise ValueError(f"pool.images_per_prompt: {recipe.pool.images_per_prompt}; a pair needs at least 2")
+    if not recipe.output_dir:
+        raise ValueError("output_dir: not set; every step writes below it, e.g. --output_dir runs/mine")
+    earlier: list[str] = []
+    for name, stage in recipe.stages.items():
+        at = f"stages.{name}"
+        if stage.start and stage.start not in earlier:
+            raise ValueError(f"{at}.start: {stage.start!r} is not an earlier stage ({', '.join(earlier) or 'there is none'})")
+        if stage.learn.loss == "dpo" and stage.loser is None:
+            raise ValueError(f"{at}.loser: not set; loss dpo compares a winner with a loser")
+        if stage.learn.reference == "start" and not stage.start:
+            raise ValueError(f"{at}.learn.reference: start needs {at}.start")
+        for role, source in (("winner", stage.winner), ("loser", stage.loser)):
+            if source is not None:
+                _check_source(f"{at}.{role}", source, recipe, earlier)
+        if stage.keep == "winner_not_worse" and not any(s.by for s in (stage.winner, stage.loser) if s):
+            raise ValueError(f"{at}.keep: winner_not_worse needs a scorer: set {at}.winner.by")
+        earlier.append(name)
+    for key in ("preference", "judge", "reader"):
+        if (scorer := getattr(recipe.evaluate, key)) and scorer not in recipe.scorers:
+            raise ValueError(f"evaluate.{key}: no scorer {scorer!r} under scorers ({', '.join(recipe.scorers) or 'none'})")
+
+
+def _check_source(at: str, source: Source, recipe: Recipe, earlier: list[str]) -> None:
+    if source.source not in ("pool", "reconstruction", "real", *earlier):
+        raise ValueError(f"{at}.from: {source.source!r}; expected pool, reconstruction, real or an earlier stage ({', '.join(earlier) or 'none'})")
+    if source.source == "reconstruction":
+        if not source.t:
+            raise ValueError(f"{at}.t: empty; name the timesteps to reconstruct from, e.g. [400, 500, 600, 700]")
+        for t in source.t:
+            if not 0 < t <= 1000:
+                raise ValueError(f"{at}.t: {t} lies outside the schedule 1..1000")
+    if source.source in earlier and not source.role:
+        raise ValueError(f"{at}.role: winner or loser of stage {source.source!r}?")
+    scored = source.source in ("pool", "reconstruction") and not (source.source == "reconstruction" and len(source.t) == 1)
+    if scored and not source.by:
+        raise ValueError(f"{at}.by: not set; which scorer picks the {source.pick}?")
+    if source.by and source.by not in recipe.scorers:
+        raise ValueError(f"{at}.by: no scorer {source.by!r} under scorers ({', '.join(recipe.scorers) or 'none'})")
+
+
+def to_dict(value: Any) -> Any:
+    """A config back to plain values, `from` under its YAML name."""
+    if is_dataclass(value):
+        return {("from" if f.name == "source" else f.name): to_dict(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, dict):
+        return {k: to_dict(v) for k, v in value.items()}
+    return [to_dict(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def dump(recipe: Recipe) -> str:
+    """A complete YAML of the recipe."""
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True, width=120)

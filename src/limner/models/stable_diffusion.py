@@ -1,0 +1,171 @@
+"""The Stable Diffusion 1.x / 2.x family: a UNet that predicts noise (or velocity) in a latent, conditioned on CLIP text.
+
+`Pipeline` holds library modules and gives the few operations that the steps need. Image tensors are float [0, 1] NCHW RGB;
+latents are already multiplied by the VAE's scaling factor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Pipeline:
+    """A loaded model.
+
+    alphas (T,) are the cumulative products of the training schedule (alpha-bar); `prediction` is epsilon or v_prediction;
+    `hash` identifies the weights; `dtype` is what frozen parts compute in (the adapter stays float32).
+    """
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: nn.Module
+    tokenizer: Any
+    alphas: Tensor
+    prediction: str
+    scheduler_config: dict[str, Any]
+    hash: str
+    source: str
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def timesteps(self) -> int:
+        """Length of the training schedule (1000 for all published models)."""
+        return len(self.alphas)
+
+    @property
+    def image_scale(self) -> int:
+        """Pixels a latent cell is wide."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Texts to (B, L, D); each distinct text is encoded once. Longer ones are cut at the tokenizer's length, as the pipelines do."""
+        distinct = list(dict.fromkeys(texts))
+        tokens = self.tokenizer(
+            distinct, padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        ).input_ids
+        states = [self.text_encoder(part.to(self.device))[0] for part in tokens.split(64)]
+        return torch.cat(states)[[distinct.index(t) for t in texts]]
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] to latents: the mean of the posterior, scaled. Deterministic, so it can be cached."""
+        z = self.vae.encode((images * 2 - 1).to(self.device, self.dtype)).latent_dist.mean
+        return (z * self.vae.config.scaling_factor).float()
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Latents to images (B, 3, H, W) in [0, 1], float32."""
+        x = self.vae.decode(latents.to(self.device, self.dtype) / self.vae.config.scaling_factor).sample
+        return (x.float() / 2 + 0.5).clamp(0, 1)
+
+    def predict(self, noisy: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """The network's own prediction (noise or velocity) as float32; gradients flow if enabled."""
+        return self.unet(noisy.to(self.dtype), t, text.to(self.dtype), return_dict=False)[0].float()
+
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) noise; t (B,) int."""
+        a = self.alphas[t].view(-1, *[1] * (latents.ndim - 1))
+        return a.sqrt() * latents + (1 - a).sqrt() * noise
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What `predict` should give: the noise, or the velocity sqrt(alpha_t) noise - sqrt(1 - alpha_t) x_0."""
+        if self.prediction == "epsilon":
+            return noise
+        a = self.alphas[t].view(-1, *[1] * (latents.ndim - 1))
+        return a.sqrt() * noise - (1 - a).sqrt() * latents
+
+    def to_noise(self, prediction: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        """The noise that a prediction implies."""
+        if self.prediction == "epsilon":
+            return prediction
+        a = self.alphas[t].view(-1, *[1] * (noisy.ndim - 1))
+        return a.sqrt() * prediction + (1 - a).sqrt() * noisy
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        return int(self.vae.config.latent_channels), height // self.image_scale, width // self.image_scale
+
+
+def load_pipeline(path: str, *, hub: bool = False, mixed_precision: str = "no", device: str = "auto", channels_last: bool = True) -> Pipeline:
+    """Load a diffusers folder, a single-file checkpoint, or (only with `hub=True`) a hub id.
+
+    Everything is frozen and in evaluation mode.
+
+    Raises:
+        ValueError: nothing there, or not a model of this family; the message says what was looked for.
+    """
+    source = Path(path)
+    if source.is_dir():
+        if not (source / "model_index.json").is_file():
+            raise ValueError(f"model.path: {path} is a folder without model_index.json; expected a diffusers pipeline folder")
+        loaded = StableDiffusionPipeline.from_pretrained(source, safety_checker=None, local_files_only=True)
+    elif source.is_file():
+        loaded = load_single_file(source)
+    elif hub:
+        loaded = StableDiffusionPipeline.from_pretrained(path, safety_checker=None)
+    else:
+        raise ValueError(f"model.path: {path} is neither a folder nor a file; for a hub id set model.hub: true")
+    return wrap(loaded, source=path, mixed_precision=mixed_precision, device=device, channels_last=channels_last)
+
+
+def load_single_file(path: Path) -> StableDiffusionPipeline:
+    """A single-file SD checkpoint (.safetensors or .ckpt, original key names) as a pipeline.
+
+    Raises:
+        ValueError: not such a checkpoint.
+    """
+    try:
+        return StableDiffusionPipeline.from_single_file(str(path), local_files_only=True, safety_checker=None)
+    except Exception as error:
+        raise ValueError(f"model.path: {path} cannot be loaded as a Stable Diffusion checkpoint ({error})") from error
+
+
+def wrap(
+    pipe: StableDiffusionPipeline, *, source: str = "memory", mixed_precision: str = "no", device: str = "auto", channels_last: bool = True
+) -> Pipeline:
+    """Freeze a library pipeline's modules and put them on a device."""
+    where = torch.device(pick_device() if device == "auto" else device)
+    dtype = DTYPES[mixed_precision]
+    for module in (pipe.unet, pipe.vae, pipe.text_encoder):
+        module.requires_grad_(False).eval().to(where, dtype)
+    if channels_last:
+        pipe.unet.to(memory_format=torch.channels_last)
+        pipe.vae.to(memory_format=torch.channels_last)
+    config = dict(pipe.scheduler.config)
+    schedule = DDPMScheduler.from_config(config)
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise ValueError(f"model.path: prediction type {prediction!r} of {source} is not supported; expected epsilon or v_prediction")
+    return Pipeline(
+        pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, schedule.alphas_cumprod.to(where), prediction, config,
+        weights_hash(pipe.unet), source, where, dtype,
+    )  # fmt: skip
+
+
+def pick_device() -> str:
+    """cuda, mps or cpu, whichever is there first."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def weights_hash(module: nn.Module) -> str:
+    """Sixteen hex digits that name a module's weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        flat = value.detach().float().cpu().contiguous()
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(flat.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,194 @@
+"""A step's folder: parquet shards written whole or not at all, skipped when finished, and a manifest that says what made them.
+
+    folder/part-00000.parquet          a shard (written under a temporary name, fsynced, renamed)
+    folder/part-00000.parquet.sha256   its checksum; a shard without one does not count
+    folder/manifest.json               kind, config, input hashes, versions, shard checksums, counts (no times: equal runs, equal bytes)
+
+Two runs into one folder must have the same config; anything else is an error that lists what differs.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from limner.records import Row, from_table
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a file so that it is there whole or not at all.
+
+    Raises:
+        ValueError: the disk is full; says so and names the file. Nothing half-written is left.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as f:
+            f.write(data.encode() if isinstance(data, str) else data)
+            f.flush()
+            os.fsync(f.fileno())
+        partial.rename(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        if error.errno == errno.ENOSPC:
+            raise ValueError(f"no space left to write {path}; free some and run the same command again, finished shards are kept") from error
+        raise
+
+
+class Step:
+    """A step's output folder, open for writing. Make it with `open_step`."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
+        self.folder, self.manifest = folder, manifest
+
+    def shard(self, index: int, name: str = "part") -> Path:
+        return self.folder / f"{name}-{index:05d}.parquet"
+
+    def has(self, index: int, name: str = "part") -> bool:
+        """Whether the shard was finished (its bytes are checked when it is read)."""
+        path = self.shard(index, name)
+        return path.is_file() and _checksum_file(path).is_file()
+
+    def write(self, index: int, table: pa.Table, name: str = "part") -> None:
+        """Write a shard atomically. Metadata that changes from run to run is kept out, so equal tables give equal bytes."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd", write_statistics=False)
+        data = sink.getvalue().to_pybytes()
+        path = self.shard(index, name)
+        write_atomic(path, data)
+        write_atomic(_checksum_file(path), f"{hashlib.sha256(data).hexdigest()}  {path.name}\n")
+
+    def finish(self, counts: Mapping[str, Any]) -> None:
+        """Record the shards' checksums and what was counted; the step is then complete."""
+        shards = {p.name: _checksum_file(p).read_text().split()[0] for p in sorted(self.folder.glob("*.parquet"))}
+        done = {**self.manifest, "complete": True, "shards": shards, "counts": dict(counts)}
+        write_atomic(self.folder / "manifest.json", _json(done))
+
+
+def open_step(folder: Path, kind: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> Step:
+    """Open a folder for a step's output, new or to be gone on with.
+
+    Args:
+        kind: pool, scores, examples ...
+        config: JSON values that decide the output.
+        inputs: name to hash (`input_hash`) of what is read.
+
+    Raises:
+        ValueError: the folder holds the output of another kind, config or input; the message lists the differences.
+    """
+    wanted = {"kind": kind, "config": json.loads(json.dumps(config)), "inputs": dict(inputs)}
+    path = folder / "manifest.json"
+    if path.is_file():
+        found = read_manifest(folder)
+        differences = list(_differences({k: found.get(k) for k in wanted}, wanted))
+        if differences:
+            raise ValueError(
+                f"{folder} holds the output of another configuration:\n  "
+                + "\n  ".join(differences)
+                + "\nRemove the folder or choose another output_dir."
+            )
+        return Step(folder, {k: v for k, v in found.items() if k not in ("complete", "shards", "counts")})
+    if folder.is_dir() and any(folder.glob("*.parquet")):
+        raise ValueError(f"{folder} has shards but no manifest.json; it is not a step's folder, choose another output_dir")
+    manifest = {**wanted, "versions": versions()}
+    write_atomic(path, _json(manifest))
+    return Step(folder, manifest)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a step's folder.
+
+    Raises:
+        ValueError: there is none, or it is not JSON.
+    """
+    try:
+        return dict(json.loads((folder / "manifest.json").read_text()))
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: no manifest.json; run the step that makes it first") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder}/manifest.json is damaged ({error}); remove the folder and run the step again") from error
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a finished step lies there."""
+    return (folder / "manifest.json").is_file() and bool(read_manifest(folder).get("complete"))
+
+
+def input_hash(folder: Path) -> str:
+    """The identity of a step's output, for the manifests of steps that read it: kind, config, inputs and shard checksums.
+
+    Raises:
+        ValueError: the step is not complete.
+    """
+    manifest = read_manifest(folder)
+    if not manifest.get("complete"):
+        raise ValueError(f"{folder} is not complete; run the step that makes it to its end first")
+    core = {k: manifest[k] for k in ("kind", "config", "inputs", "shards")}
+    return hashlib.sha256(_json(core).encode()).hexdigest()[:16]
+
+
+def shards(folder: Path, name: str = "part") -> list[Path]:
+    """The finished shards in order."""
+    return [p for p in sorted(folder.glob(f"{name}-*.parquet")) if _checksum_file(p).is_file()]
+
+
+def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """Read a shard after checking its bytes.
+
+    Raises:
+        ValueError: the file is truncated or changed; the message names it and says what to do.
+    """
+    checksum = _checksum_file(path)
+    if checksum.is_file() and checksum.read_text().split()[0] != sha256(path):
+        raise ValueError(f"{path} is damaged (its checksum differs); delete it with its .sha256 and run the step again")
+    try:
+        return pq.read_table(path, columns=columns)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} cannot be read as parquet ({error})") from error
+
+
+def read_rows(folder: Path, kind: type[Row], columns: list[str] | None = None) -> Iterator[Row]:
+    """All rows of a step's folder, shard by shard."""
+    for path in shards(folder):
+        yield from from_table(kind, read_table(path, columns), str(path))
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide results."""
+    from importlib.metadata import version
+
+    return {n: version(n) for n in ("limner", "torch", "diffusers", "transformers", "peft", "pyarrow", "numpy")}
+
+
+def _checksum_file(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(set(old) | set(new)):
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield f"{path}: was {old!r}, now {new!r}"
