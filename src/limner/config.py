@@ -21,6 +21,8 @@ class Model:
 
     Args:
         path: a diffusers folder, a single-file checkpoint (.safetensors, .ckpt), or `figures` for the embedded one.
+        config: for a single-file checkpoint: a diffusers pipeline folder of the same architecture whose configs and tokenizer are used
+            ("" = the folder beside the file, called like it without suffix).
         hub: fetch `path` from the model hub as an id.
         mixed_precision: no, bf16 or fp16. Errors are reduced in float32 whatever it is.
         device: auto, cpu, cuda, mps ...
@@ -28,6 +30,7 @@ class Model:
     """
 
     path: str = "figures"
+    config: str = ""
     hub: bool = False
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     device: str = "auto"
@@ -359,7 +362,9 @@ def check(recipe: Recipe) -> None:
 
 def _check_source(at: str, source: Source, recipe: Recipe, earlier: list[str]) -> None:
     if source.source not in ("pool", "reconstruction", "real", *earlier):
-        raise ValueError(f"{at}.from: {source.source!r}; expected pool, reconstruction, real or an earlier stage ({', '.join(earlier) or 'none'})")
+        raise ValueError(
+            f"{at}.from: {source.source!r}; expected pool, reconstruction, real or an earlier stage ({', '.join(earlier) or 'none'})"
+        )
     if source.source == "reconstruction":
         if not source.t:
             raise ValueError(f"{at}.t: empty; name the timesteps to reconstruct from, e.g. [400, 500, 600, 700]")

@@ -88,7 +88,7 @@ def fit(
     start: int = 0,
     every: Sequence[Every] = (),
     save: Callable[[int], None] = lambda step: None,
-    backward: Callable[[Tensor], None] = lambda loss: loss.backward(),
+    synchronise: Callable[[], None] | None = None,
     name: str = "train",
 ) -> None:
     """Take steps `start` .. `max_train_steps`.
@@ -98,7 +98,7 @@ def fit(
         batches: step number to its micro-batches; their losses are averaged (gradient accumulation).
         every: (n, f): f(steps done, mean metrics of this step) after each n-th step and after the last one.
         save: called with the steps done when a signal asks to stop.
-        backward: for mixed precision or several processes (`accelerator.backward`).
+        synchronise: averages gradients over processes, before clipping.
 
     Raises:
         RuntimeError: the loss or the gradient is not finite; nothing was updated by that step.
@@ -115,9 +115,11 @@ def fit(
                 value, metrics = loss(batch)
                 if not torch.isfinite(value):
                     raise RuntimeError(f"{name}: the loss of step {step} is {value.item()}; nothing was updated. {_describe(batch)}")
-                backward(value / len(micro))
+                (value / len(micro)).backward()
                 for key, number in {"loss": value.item(), **metrics}.items():
                     total[key] = total.get(key, 0.0) + number / len(micro)
+            if synchronise is not None:
+                synchronise()
             norm = torch.nn.utils.clip_grad_norm_(o.parameters, o.max_grad_norm or math.inf).item()
             if not math.isfinite(norm):
                 raise RuntimeError(f"{name}: the gradient of step {step} is not finite; nothing was updated. {_describe(micro[-1])}")

@@ -13,11 +13,11 @@ import torch
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 from limner.figures.body import JOINTS, LIMBS, PARTS, Mesh, _rotation, build_meshes
-from limner.figures.render import Layers, Picture, camera, cast, paint, shrink_mask
+from limner.figures.render import Layers, Picture, camera, cast, paint, shrink_mask, turn
 from limner.figures.scene import Figure
 
 DEFECTS = ("extra_limb", "missing_limb", "twisted_limb", "stretched_limb", "smeared_texture")
-MIN_PIXELS = 18
+MIN_PIXELS = 24
 _ROOT = {"left_arm": "left_shoulder", "right_arm": "right_shoulder", "left_leg": "left_hip", "right_leg": "right_hip"}
 _END = {"left_arm": "left_wrist", "right_arm": "right_wrist", "left_leg": "left_ankle", "right_leg": "right_ankle"}
 _FAR_PARTS = {"arm": ("forearm", "hand"), "leg": ("calf", "shoe")}
@@ -25,20 +25,25 @@ _FAR_PARTS = {"arm": ("forearm", "hand"), "leg": ("calf", "shoe")}
 
 @dataclass
 class Defective:
-    """A picture with a defect, its kind, the limb (or "") and the wrong pixels (size, size) bool."""
+    """A picture with a defect, its kind, the limb (or "") and the wrong pixels (size, size) bool.
+
+    The picture's joints are where they now are, and visible only where they still are; `extra_joints` holds (joint, x, y) of
+    a second limb's.
+    """
 
     picture: Picture
     kind: str
     limb: str
     mask: np.ndarray
+    extra_joints: list[tuple[int, float, float]]
 
 
 def _parts(names: tuple[str, ...]) -> list[int]:
     return [PARTS.index(n) for n in names]
 
 
-def _extra(mesh: Mesh, limb: str, rng: np.random.Generator) -> Mesh:
-    """A second limb out of the same shoulder or hip, turned away from the first."""
+def _extra(mesh: Mesh, limb: str, rng: np.random.Generator) -> tuple[Mesh, np.ndarray]:
+    """A second limb out of the same shoulder or hip, turned away from the first; and where its two outer joints are."""
     own = mesh.limb == LIMBS.index(limb)
     used = np.unique(mesh.faces[own])
     pivot = mesh.joints[JOINTS.index(_ROOT[limb])]
@@ -49,10 +54,12 @@ def _extra(mesh: Mesh, limb: str, rng: np.random.Generator) -> Mesh:
     place = np.full(len(mesh.vertices), -1)
     place[used] = len(mesh.vertices) + np.arange(len(used))
     faces, n = place[mesh.faces[own]].astype(np.int32), int(own.sum())
+    first = JOINTS.index(_ROOT[limb])
+    joints = (mesh.joints[first + 1 : first + 3] - pivot) @ turn.T + pivot
     return Mesh(
         np.concatenate([mesh.vertices, copy]), np.concatenate([mesh.faces, faces]), np.concatenate([mesh.part, mesh.part[own]]),
         np.concatenate([mesh.limb, mesh.limb[own]]), np.concatenate([mesh.wrong, np.ones(n, bool)]), mesh.joints,
-    )  # fmt: skip
+    ), joints  # fmt: skip
 
 
 def _missing(mesh: Mesh, limb: str, whole: bool) -> tuple[Mesh, np.ndarray]:
@@ -81,7 +88,10 @@ def _stretch(mesh: Mesh, limb: str, rng: np.random.Generator) -> Mesh:
     vertices = mesh.vertices.copy()
     along = ((vertices[moved] - root) @ direction).clip(0)
     vertices[moved] += ((factor - 1) * along[:, None] * direction).astype(np.float32)
-    return replace(mesh, vertices=vertices)
+    joints, first = mesh.joints.copy(), JOINTS.index(_ROOT[limb])
+    reach = ((joints[first + 1 : first + 3] - root) @ direction).clip(0)
+    joints[first + 1 : first + 3] += (factor - 1) * reach[:, None] * direction
+    return replace(mesh, vertices=vertices, joints=joints)
 
 
 def smear(image: np.ndarray, centre: tuple[float, float], radius: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -99,8 +109,8 @@ def smear(image: np.ndarray, centre: tuple[float, float], radius: float, rng: np
     return (mixed + 0.5).clip(0, 255).astype(np.uint8), distance < 0.85
 
 
-def inject(figure: Figure, mesh: Mesh, sound: Layers, kind: str, rng: np.random.Generator) -> tuple[Layers, str, np.ndarray] | None:
-    """A defective copy of what `sound` shows, in the same frame: layers, limb, mask (size, size). None if it cannot be seen.
+def inject(figure: Figure, mesh: Mesh, sound: Layers, kind: str, rng: np.random.Generator) -> tuple[Layers, str, np.ndarray, list[tuple[int, float, float]]] | None:
+    """A defective copy of what `sound` shows, in the same frame: layers, limb, mask (size, size), extra joints. None if it cannot be seen.
 
     `kind` is one of the four that change the mesh. The mask of a missing limb is where the sound figure showed it; that of
     a twisted or stretched one, where it is now and should not be, or is not and should be.
@@ -108,15 +118,21 @@ def inject(figure: Figure, mesh: Mesh, sound: Layers, kind: str, rng: np.random.
     view, size = camera(figure, mesh), sound.size
     limbs = [n for n in LIMBS[1:] if n != "head"] + (["head"] if kind == "missing_limb" else [])
     limb = str(rng.choice(limbs))
+    extra: list[tuple[int, float, float]] = []
     index = LIMBS.index(limb)
     if kind == "extra_limb":
-        bad = cast(figure, _extra(mesh, limb, rng), size, view)
+        larger, joints = _extra(mesh, limb, rng)
+        bad = cast(figure, larger, size, view)
         mask = bad.wrong
+        extra = _seen(joints, figure, view, mask, JOINTS.index(_ROOT[limb]) + 1)
     elif kind == "missing_limb":
-        smaller, gone = _missing(mesh, limb, whole=bool(rng.random() < 0.3))
+        whole = bool(rng.random() < 0.3)
+        smaller, gone = _missing(mesh, limb, whole)
         bad = cast(figure, smaller, size, view)
         parts = np.unique(mesh.part[gone])
         mask = (sound.limb == index) & np.isin(sound.part, parts) & ~((bad.limb == index) & np.isin(bad.part, parts))
+        end = JOINTS.index(_END[limb]) if limb != "head" else JOINTS.index("head")
+        bad.visible[end - 1 if whole and limb != "head" else end : end + 1] = False
     elif kind in ("twisted_limb", "stretched_limb"):
         changed = build_meshes([figure], [_twist(limb, rng)])[0] if kind == "twisted_limb" else _stretch(mesh, limb, rng)
         bad = cast(figure, changed, size, view)
@@ -125,7 +141,19 @@ def inject(figure: Figure, mesh: Mesh, sound: Layers, kind: str, rng: np.random.
         raise ValueError(f"unknown mesh defect {kind!r}; expected one of {DEFECTS[:4]}")
     bad.feet = sound.feet
     small = shrink_mask(mask)
-    return (bad, limb, small) if small.sum() >= MIN_PIXELS else None
+    return (bad, limb, small, extra) if small.sum() >= MIN_PIXELS else None
+
+
+def _seen(joints: np.ndarray, figure: Figure, view: tuple[float, float, float], mask: np.ndarray, first: int) -> list[tuple[int, float, float]]:
+    """(joint, x, y) of the joints that lie on visible pixels of the mask."""
+    x0, z0, side = view
+    p = turn(joints, figure.yaw)
+    found = []
+    for k, (x, y) in enumerate(np.stack([(p[:, 0] - x0) / side + 0.5, 1 - (p[:, 2] - z0) / side], -1)):
+        row, col, r = int(y * len(mask)), int(x * len(mask)), 2
+        if mask[max(row - r, 0) : row + r + 1, max(col - r, 0) : col + r + 1].any():
+            found.append((first + k, float(x), float(y)))
+    return found
 
 
 def make_defective(figure: Figure, mesh: Mesh, sound: Layers, rng: np.random.Generator, kind: str | None = None) -> Defective:
@@ -135,12 +163,15 @@ def make_defective(figure: Figure, mesh: Mesh, sound: Layers, rng: np.random.Gen
         if chosen != "smeared_texture":
             found = inject(figure, mesh, sound, chosen, rng)
             if found:
-                return Defective(paint(figure, found[0]), chosen, found[1], found[2])
+                return Defective(paint(figure, found[0]), chosen, found[1], found[2], found[3])
             continue
         picture = paint(figure, sound)
         spots = picture.joints[picture.visible] * sound.size
         centre = spots[rng.integers(len(spots))]
-        image, mask = smear(picture.image, (float(centre[0]), float(centre[1])), float(rng.uniform(0.09, 0.17) * sound.size), rng)
+        radius = float(rng.uniform(0.09, 0.17) * sound.size)
+        image, mask = smear(picture.image, (float(centre[0]), float(centre[1])), radius, rng)
         if np.abs(image.astype(int) - picture.image).max(-1)[mask].mean() > 18:
-            return Defective(replace(picture, image=image), chosen, "", mask & (picture.part >= 0))
+            hidden = np.hypot(*(picture.joints * sound.size - centre).T) < 0.7 * radius
+            picture = replace(picture, image=image, visible=picture.visible & ~hidden)
+            return Defective(picture, chosen, "", mask & (picture.part >= 0), [])
     raise RuntimeError(f"no visible defect of kind {kind!r} after 20 tries")

@@ -101,5 +101,7 @@ def row(split: str, drawn: Drawn) -> dict[str, Any]:
     }
     if drawn.defective is not None:
         d = drawn.defective
+        joints = [(k, float(x), float(y)) for k, (x, y) in enumerate(d.picture.joints) if d.picture.visible[k]] + d.extra_joints
+        out["defect_joints"] = [{"joint": k, "x": round(x, 4), "y": round(y, 4)} for k, x, y in joints]
         out |= {"defective_image": png(d.picture.image), "defect": d.kind, "defect_limb": d.limb, "defect_mask": png(d.mask.astype(np.uint8) * 255)}
     return out

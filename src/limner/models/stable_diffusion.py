@@ -16,6 +16,8 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
+# neither is used, and the feature extractor would need an image library beyond pillow
+WITHOUT_CHECKER: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -98,38 +100,68 @@ class Pipeline:
         return int(self.vae.config.latent_channels), height // self.image_scale, width // self.image_scale
 
 
-def load_pipeline(path: str, *, hub: bool = False, mixed_precision: str = "no", device: str = "auto", channels_last: bool = True) -> Pipeline:
+def load_pipeline(
+    path: str, *, config: str = "", hub: bool = False, mixed_precision: str = "no", device: str = "auto", channels_last: bool = True
+) -> Pipeline:
     """Load a diffusers folder, a single-file checkpoint, or (only with `hub=True`) a hub id.
 
-    Everything is frozen and in evaluation mode.
+    Everything is frozen and in evaluation mode. `config` is for single files: see `load_single_file`.
 
     Raises:
         ValueError: nothing there, or not a model of this family; the message says what was looked for.
     """
     source = Path(path)
+    if config and not source.is_file():
+        raise ValueError(f"model.config: only used with a single-file checkpoint, and model.path {path} is not a file")
     if source.is_dir():
         if not (source / "model_index.json").is_file():
             raise ValueError(f"model.path: {path} is a folder without model_index.json; expected a diffusers pipeline folder")
-        loaded = StableDiffusionPipeline.from_pretrained(source, safety_checker=None, local_files_only=True)
+        loaded = StableDiffusionPipeline.from_pretrained(source, **WITHOUT_CHECKER, local_files_only=True)
     elif source.is_file():
-        loaded = load_single_file(source)
+        loaded = load_single_file(source, config=config, hub=hub)
     elif hub:
-        loaded = StableDiffusionPipeline.from_pretrained(path, safety_checker=None)
+        loaded = StableDiffusionPipeline.from_pretrained(path, **WITHOUT_CHECKER)
     else:
         raise ValueError(f"model.path: {path} is neither a folder nor a file; for a hub id set model.hub: true")
     return wrap(loaded, source=path, mixed_precision=mixed_precision, device=device, channels_last=channels_last)
 
 
-def load_single_file(path: Path) -> StableDiffusionPipeline:
-    """A single-file SD checkpoint (.safetensors or .ckpt, original key names) as a pipeline.
+def load_single_file(path: Path, *, config: str = "", hub: bool = False) -> StableDiffusionPipeline:
+    """A single-file SD checkpoint (original key names) as a pipeline.
+
+    Such a file has weights only. What is missing (widths, the tokenizer, the scheduler with its prediction type) is read from a
+    diffusers pipeline folder of the same architecture, whose own weights are not needed: `config`, or else the folder beside the
+    file that is called like it without suffix, or else, with `hub=True`, the library's choice on the hub. A .ckpt is read with
+    `torch.load(weights_only=True)`, so one that holds other Python objects is refused.
 
     Raises:
-        ValueError: not such a checkpoint.
+        ValueError: no such folder, or the file does not fit it, or is not such a checkpoint.
     """
+    companion = Path(config) if config else path.with_suffix("")
+    if (companion / "model_index.json").is_file():
+        options: dict[str, Any] = {"config": str(companion), "local_files_only": True}
+    elif config or not hub:
+        raise ValueError(
+            f"model.path: {path} is a single file without configuration, and {companion} is not a diffusers pipeline folder (no "
+            "model_index.json). Set model.config to a pipeline folder of the same architecture (its configs and tokenizer are used, "
+            f"its weights are not), or put one at {path.with_suffix('')}, or set model.hub: true"
+        )
+    else:
+        options = {}
     try:
-        return StableDiffusionPipeline.from_single_file(str(path), local_files_only=True, safety_checker=None)
-    except Exception as error:
-        raise ValueError(f"model.path: {path} cannot be loaded as a Stable Diffusion checkpoint ({error})") from error
+        loaded = StableDiffusionPipeline.from_single_file(str(path), **WITHOUT_CHECKER, **options)
+    except Exception as error:  # the library raises many kinds
+        hint = "" if path.suffix == ".safetensors" else "; a pickled checkpoint must hold tensors only, convert it to .safetensors"
+        if "meta tensor" in str(error):
+            hint += "; weights that this configuration asks for are not in the file"
+        where = f"the configuration in {companion}" if options else "a configuration from the hub"
+        reason = str(error).partition("\n")[0]  # the rest is advice on the library's own arguments
+        raise ValueError(f"model.path: {path} cannot be loaded as a Stable Diffusion checkpoint with {where}{hint} ({reason})") from error
+    for part in (loaded.unet, loaded.vae, loaded.text_encoder):
+        missing = [name for name, p in part.named_parameters() if p.is_meta]
+        if missing:
+            raise ValueError(f"model.path: {path} lacks {len(missing)} weights of the {type(part).__name__}, e.g. {missing[0]}")
+    return loaded
 
 
 def wrap(
@@ -139,7 +171,7 @@ def wrap(
     where = torch.device(pick_device() if device == "auto" else device)
     dtype = DTYPES[mixed_precision]
     for module in (pipe.unet, pipe.vae, pipe.text_encoder):
-        module.requires_grad_(False).eval().to(where, dtype)
+        nn.Module.to(module.requires_grad_(False).eval(), where, dtype)  # diffusers' own `to` warns of modules that do not exist
     if channels_last:
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)

@@ -1,0 +1,319 @@
+"""What users bring: captions, alone or with their images, in the usual formats, as `Prompt` rows.
+
+    prompts.txt                        one prompt a line
+    .csv .tsv .jsonl .parquet          a caption column; an image column of bytes, of {bytes, path}, or of paths relative to the file
+    folder/*.parquet, folder/*.tar     shards; with names such as train-00000.parquet only those of the split are read
+    folder/metadata.jsonl or .csv      an image folder as `datasets` reads it: file_name and a caption column
+    folder/a.jpg, folder/a.txt         an image folder with a caption file beside each image (kohya)
+    .tar                               WebDataset: members of one key, image and .txt or .json
+
+Columns `id`, `split` and `truth` are used where they are; others are ignored. Rows are counted as an editor does in text files
+(file:line), from 0 in parquet.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from limner.images import image_size
+from limner.records import Prompt
+
+FORMATS = (
+    ".txt, .csv, .tsv, .jsonl, .parquet or .tar; a folder of .parquet or .tar shards; "
+    "an image folder with metadata.jsonl or metadata.csv, or with a .txt beside each image"
+)
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SPLIT_NAME = re.compile(r"(?:^|[-_.])(train|validation|test)[-_.]")
+
+Values = tuple[str, dict[str, Any]]  # where a row stands (for messages), and its columns
+Find = Callable[[Iterable[str], Path], tuple[str, str | None]]  # a file's columns to those of caption and image
+
+
+def read_prompts(
+    path: str | Path, split: str, *, caption_column: str = "", image_column: str = "", limit: int = 0, need_images: bool = False
+) -> list[Prompt]:
+    """All prompts of a split, in the order of the file. Arguments and errors as for `iter_prompts`."""
+    return list(iter_prompts(path, split, caption_column=caption_column, image_column=image_column, limit=limit, need_images=need_images))
+
+
+def iter_prompts(
+    path: str | Path, split: str, *, caption_column: str = "", image_column: str = "", limit: int = 0, need_images: bool = False
+) -> Iterator[Prompt]:
+    """The prompts of a split, one at a time, so that shards stream.
+
+    An image is the bytes of its file as they were; with `need_images` its header is checked, the pixels when they are decoded.
+    Ids come from a column `id`, or are the split and the position in it (train-000000), whatever the limit.
+
+    Args:
+        path: a file or folder of one of the formats above.
+        split: given to every prompt; where there is a column `split`, only its rows are read.
+        caption_column: "" = text, caption or prompt, whichever there is first.
+        image_column: "" = image or file_name.
+        limit: stop after so many prompts (0 = all).
+        need_images: every prompt must have an image; without it, a table's images that are not there are left out.
+
+    Raises:
+        ValueError: anything that cannot be read or makes no sense; names the file, the row and the field.
+    """
+    if limit < 0:
+        raise ValueError(f"limit: {limit}; expected 0 (all) or more")
+    find = partial(_find, caption_column, image_column, need_images)
+    seen: dict[str, str] = {}
+    other_splits: Counter[str] = Counter()
+    for file in _files(Path(path), split):
+        chosen: tuple[str, str | None] | None = None
+        for where, values in _rows(file, find):
+            chosen = chosen or find(values, file)
+            if values.get("split", split) != split:
+                other_splits[str(values["split"])] += 1
+                continue
+            truth = values.get("truth") or None
+            prompt = Prompt(
+                id=_id(values["id"], where) if "id" in values else f"{split}-{len(seen):06d}",
+                text=_caption(values.get(chosen[0]), chosen[0], where),
+                split=split,
+                image=_image(values.get(chosen[1]), chosen[1], file, where, need_images) if chosen[1] else None,
+                truth=truth if truth is None or isinstance(truth, str) else json.dumps(truth, ensure_ascii=False),
+            )
+            if prompt.id in seen:
+                raise ValueError(f"{where}: id {prompt.id!r} was used before, at {seen[prompt.id]}; ids must differ")
+            seen[prompt.id] = where
+            yield prompt
+            if len(seen) == limit:
+                return
+    if not seen:
+        others = ", ".join(f"{name}: {n}" for name, n in other_splits.items())
+        raise ValueError(f"{path}: no prompts" + (f" of split {split!r} (the column split has {others})" if others else ""))
+
+
+def _find(caption_column: str, image_column: str, need_images: bool, names: Iterable[str], file: Path) -> tuple[str, str | None]:
+    if file.is_dir() or file.suffix.lower() == ".txt":  # nothing to name: the options are for the other splits' tables
+        return "text", "image"
+    captions = (caption_column,) if caption_column else ("text", "caption", "prompt")
+    images = (image_column,) if image_column else ("image", "file_name")
+    found = list(names)
+    listed = f"found: {', '.join(found)}"
+    caption = next((n for n in captions if n in found), None)
+    image = next((n for n in images if n in found), None)
+    if caption is None:
+        raise ValueError(f"{file}: no caption column {' or '.join(captions)} ({listed}); set --data.caption_column")
+    if image is None and need_images:
+        raise ValueError(f"{file}: no image column {' or '.join(images)} ({listed}); set --data.image_column")
+    return caption, image
+
+
+def _caption(value: Any, column: str, where: str) -> str:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{where}: {column} is {type(value).__name__}; expected text")
+    if not (text := (value or "").strip()):
+        raise ValueError(f"{where}: {column} is empty; every row needs a caption")
+    return text
+
+
+def _id(value: Any, where: str) -> str:
+    if not (text := "" if value is None else str(value).strip()):
+        raise ValueError(f"{where}: id is empty; give every row one or leave the column out")
+    return text
+
+
+def _image(value: Any, column: str, file: Path, where: str, needed: bool) -> bytes | None:
+    """An image column's value (bytes, {bytes, path}, or a path) to a file's bytes."""
+    label = f"{where}: {column}"
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str) and value:
+        label, value = f"{label} {value}", _linked(value, column, file, where, needed)
+    if not value:
+        if needed:
+            raise ValueError(f"{label} is empty; every row needs an image here")
+        return None
+    if not isinstance(value, bytes):
+        raise ValueError(f"{label} is {type(value).__name__}; expected an image's bytes or its path")
+    if needed:
+        image_size(value, label)
+    return value
+
+
+def _linked(name: str, column: str, file: Path, where: str, needed: bool) -> bytes | None:
+    """The bytes of an image that a table names. Metadata of an image folder may only name files in that folder."""
+    is_folder = file.stem == "metadata"
+    if is_folder and (os.path.isabs(name) or ".." in re.split(r"[/\\]", name)):
+        raise ValueError(f"{where}: {column} {name} leads out of the folder; expected a path inside {file.parent}")
+    target = file.parent / name
+    if os.path.isfile(target):  # unlike Path.is_file also takes a name that is too long, such as an address
+        return _bytes(target)
+    if is_folder or needed:
+        raise ValueError(f"{where}: {column} names {name}, which does not exist in {file.parent}")
+    return None
+
+
+def _files(path: Path, split: str) -> list[Path]:
+    """What to read in turn: files whose name says their format, or a kohya folder itself."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such file or folder")
+    names = [p for p in sorted(path.iterdir()) if p.is_file() and not p.name.startswith(".")]
+    metadata = [p for p in names if p.name in ("metadata.jsonl", "metadata.csv")]
+    if len(metadata) > 1:
+        raise ValueError(f"{path} has both metadata.jsonl and metadata.csv; remove one, or name the one to read")
+    for found in (metadata, [p for p in names if p.suffix == ".parquet"], [p for p in names if p.suffix == ".tar"]):
+        if found:
+            return _of_split(path, found, split)
+    if any(p.with_suffix(".txt").is_file() for p in _images_below(path)):
+        return [path]
+    raise ValueError(f"{path}: nothing here that can be read as prompts; expected {FORMATS}")
+
+
+def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
+    """Published sets keep train-00000.parquet and test-00000.parquet in one folder: reading both as one split would leak the test."""
+    named = {f: match[1] for f in files if (match := SPLIT_NAME.search(f.name))}
+    if not named:
+        return files
+    chosen = [f for f in files if named.get(f) == split]
+    if not chosen:
+        found = ", ".join(sorted(set(named.values())))
+        raise ValueError(f"{folder}: no shards of split {split!r} (names say: {found}); name a file instead")
+    return chosen
+
+
+def _images_below(folder: Path) -> list[Path]:
+    """Image files at any depth, by path; hidden ones are left out (copying from a Mac makes a ._photo.jpg beside each photo.jpg)."""
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES and not p.name.startswith(".") and p.is_file())
+
+
+def _rows(file: Path, find: Find) -> Iterator[Values]:
+    if file.is_dir():
+        return _kohya_rows(file)
+    match file.suffix.lower():
+        case ".txt":
+            return ((where, {"text": line}) for where, line in _lines(file))
+        case ".jsonl":
+            return ((where, _json_object(line, where)) for where, line in _lines(file))
+        case ".csv" | ".tsv":
+            return _csv_rows(file)
+        case ".parquet":
+            return _parquet_rows(file, find)
+        case ".tar":
+            return _tar_rows(file)
+    raise ValueError(f"{file}: unknown format {file.suffix!r}; expected {FORMATS}")
+
+
+def _bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror})") from error
+
+
+def _bytes_at_end(file: Path, count: int) -> bytes:
+    with file.open("rb") as f:
+        f.seek(max(0, file.stat().st_size - count))
+        return f.read()
+
+
+def _utf8(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+
+
+def _json_object(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: {type(value).__name__}; expected a JSON object with a caption")
+    return value
+
+
+def _lines(file: Path) -> Iterator[tuple[str, str]]:
+    """Lines that are not blank, and where they stand. Not `splitlines`: U+2028 may be part of a caption."""
+    numbered = enumerate(_utf8(_bytes(file), str(file)).split("\n"), 1)
+    return ((f"{file}:{n}", line) for n, line in numbered if line.strip())
+
+
+def _csv_rows(file: Path) -> Iterator[Values]:
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
+    reader = csv.DictReader(io.StringIO(_utf8(_bytes(file), str(file)), newline=""), delimiter=delimiter, strict=True)
+    try:
+        for values in reader:
+            where = f"{file}:{reader.line_num}"
+            if None in values:
+                raise ValueError(f"{where}: more fields than the header has; put captions that hold the separator in quotes")
+            yield where, values
+    except csv.Error as error:
+        raise ValueError(f"{file}:{reader.line_num + 1}: {error}; is a quote left open in this row?") from error
+
+
+def _parquet_rows(file: Path, find: Find) -> Iterator[Values]:
+    row = 0
+    try:
+        with pq.ParquetFile(file) as parquet:
+            names = parquet.schema_arrow.names
+            wanted = {"id", "split", "truth", *find(names, file)}
+            for batch in parquet.iter_batches(64, columns=[n for n in names if n in wanted]):
+                for values in batch.to_pylist():
+                    yield f"{file}: row {row}", values
+                    row += 1
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file} cannot be read as parquet; truncated or not parquet? ({error})") from error
+
+
+def _kohya_rows(folder: Path) -> Iterator[Values]:
+    for image in _images_below(folder):
+        caption = image.with_suffix(".txt")
+        if not caption.is_file():
+            raise ValueError(f"{image}: no caption file {caption.name} beside it")
+        text = " ".join(_utf8(_bytes(caption), str(caption)).split())
+        if not text:
+            raise ValueError(f"{caption} is empty; every image needs a caption")
+        yield str(image), {"text": text, "image": _bytes(image)}
+
+
+def _tar_rows(file: Path) -> Iterator[Values]:
+    """Members of one key stand together; the key is the path up to the first dot of its last part."""
+    key, members = "", dict[str, bytes]()
+    try:
+        if _bytes_at_end(file, 1024) != bytes(1024):  # the end mark; tarfile takes one that was cut between members for whole
+            raise ValueError(f"{file} cannot be read as tar; truncated or not a tar? (its end mark is missing)")
+        with tarfile.open(file, "r:") as tar:
+            for member in tar:
+                folder, _, name = member.name.rpartition("/")
+                if not member.isfile() or name.startswith("."):
+                    continue
+                stem, _, suffix = name.partition(".")
+                if members and f"{folder}/{stem}" != key:
+                    yield _sample(file, key, members)
+                    members = {}
+                key = f"{folder}/{stem}"
+                content = tar.extractfile(member)
+                members[suffix.lower()] = content.read() if content else b""
+    except (tarfile.TarError, OSError) as error:
+        raise ValueError(f"{file} cannot be read as tar ({error})") from error
+    if members:
+        yield _sample(file, key, members)
+
+
+def _sample(file: Path, key: str, members: dict[str, bytes]) -> Values:
+    where = f"{file}: {key.lstrip('/')}"
+    values = _json_object(_utf8(members["json"], f"{where}.json"), f"{where}.json") if "json" in members else {}
+    if "txt" in members:
+        values["text"] = _utf8(members["txt"], f"{where}.txt")
+    values["image"] = next((members[s[1:]] for s in IMAGES if s[1:] in members), None)
+    return where, values

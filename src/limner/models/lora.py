@@ -1,0 +1,299 @@
+"""LoRA on the attention of a diffusers UNet, through peft: add, switch, scale, copy, merge, save, load.
+
+One network serves as policy and reference: `adapter_off` gives the base model, `adapter_as` another adapter such as the frozen
+copy of the stage before. peft's own switches also set `requires_grad` and re-enable it on adapters that were frozen (peft issue 3447);
+the ones here leave it alone. Switch before a forward pass, not between it and its backward: with gradient checkpointing the
+backward pass runs the forward again, with whatever is switched on then.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.models.attention_processor import Attention
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from limner.store import write_atomic
+
+BLOCKS = ("all", "down", "mid", "up")
+WEIGHTS, KOHYA = "pytorch_lora_weights.safetensors", "kohya.safetensors"
+Flags = list[tuple[nn.Parameter, bool]]
+
+
+def add_lora(
+    unet: UNet2DConditionModel, name: str, *, rank: int, alpha: int = 0, blocks: Sequence[str] = ("all",), seed: int = 0
+) -> list[nn.Parameter]:
+    """Put a LoRA on every linear layer of the self- and cross-attentions (to_q, to_k, to_v, to_out.0) and make it the active adapter.
+
+    A is normal with deviation 1 / rank, as diffusers' training scripts have it, drawn from a generator of its own; B is zero, so
+    the output is unchanged. Everything else in the network is frozen.
+
+    Args:
+        alpha: the update is alpha / rank * B A; 0 = rank.
+        blocks: all, down, mid, up.
+
+    Returns:
+        Its parameters: A (rank, in) and B (out, rank) a layer, float32 whatever the network computes in.
+
+    Raises:
+        ValueError: an unknown block, a rank below 1, a name in use, no attention in these blocks. All functions here: no such adapter.
+    """
+    _check_blocks(blocks)
+    if rank < 1:
+        raise ValueError(f"rank: {rank}; expected at least 1")
+    targets = [n for n in _attention_linears(unet) if _in_blocks(n, blocks)]
+    if not targets:
+        raise ValueError(f"blocks: the UNet has no attention in {', '.join(blocks)}")
+    _inject(unet, name, targets, rank, alpha or rank)
+    generator = torch.Generator().manual_seed(seed)
+    for key, weight in _named(unet, name).items():
+        weight.data.copy_(torch.randn(weight.shape, generator=generator) / rank if ".lora_A." in key else torch.zeros(weight.shape))
+    unet.requires_grad_(False)
+    parameters = adapter_parameters(unet, name)
+    for p in parameters:
+        p.requires_grad_(True)
+    return parameters
+
+
+def adapter_parameters(unet: UNet2DConditionModel, name: str) -> list[nn.Parameter]:
+    """A and B of each layer, in the network's order."""
+    return list(_named(unet, name).values())
+
+
+def adapter_state(unet: UNet2DConditionModel, name: str) -> dict[str, Tensor]:
+    """A copy of an adapter's weights, `<layer>.lora_A.weight` (rank, in) and `<layer>.lora_B.weight` (out, rank)."""
+    return {key: weight.detach().clone() for key, weight in _named(unet, name).items()}
+
+
+def load_adapter_state(unet: UNet2DConditionModel, name: str, state: Mapping[str, Tensor]) -> None:
+    """Put weights from `adapter_state` into an adapter that is there already.
+
+    Raises:
+        ValueError: the state has other layers or shapes; names the first that differs.
+    """
+    own = _named(unet, name)
+    for key in sorted(own.keys() | state.keys()):
+        wanted, found = (tuple(d[key].shape) if key in d else None for d in (own, state))
+        if wanted != found:
+            raise ValueError(
+                f"adapter {name!r} does not fit the saved state: {key} is {wanted or 'absent'} here and {found or 'absent'} there"
+            )
+    for key, weight in own.items():
+        weight.data.copy_(state[key])
+
+
+@contextmanager
+def adapter_off(unet: UNet2DConditionModel) -> Iterator[None]:
+    """The base network inside the block, bit for bit. Does nothing where there is no adapter."""
+    with _kept(unet) as (layers, flags):
+        for layer in layers:
+            layer.enable_adapters(False)
+        _restore_flags(flags)
+        yield
+
+
+@contextmanager
+def adapter_as(unet: UNet2DConditionModel, name: str) -> Iterator[None]:
+    """Only the adapter `name` acts inside the block."""
+    _layers(unet, name)
+    with _kept(unet) as (layers, flags):
+        for layer in layers:
+            layer.set_adapter([name])
+            layer.enable_adapters(True)
+        _restore_flags(flags)
+        yield
+
+
+def set_adapter_scale(unet: UNet2DConditionModel, name: str, scale: float, blocks: Sequence[str] = ("all",)) -> None:
+    """Let an adapter act with `scale` times its trained strength in the given blocks, and not at all elsewhere.
+
+    HG-DPO generates with scale 0.5, and for the hard stage in the up blocks only. It stays until set again; weights are not changed.
+    """
+    _check_blocks(blocks)
+    for n, layer in _layers(unet, name).items():
+        layer.set_scale(name, scale if _in_blocks(n, blocks) else 0.0)
+
+
+def copy_adapter(unet: UNet2DConditionModel, source: str, target: str) -> None:
+    """Make a frozen, inactive copy of an adapter, e.g. as the reference while `source` is trained on."""
+    layers = _layers(unet, source)
+    first = next(iter(layers.values()))
+    with _kept(unet):
+        _inject(unet, target, list(layers), first.r[source], first.lora_alpha[source])
+    load_adapter_state(unet, target, adapter_state(unet, source))
+    for layer in layers.values():
+        layer.scaling[target] = layer.scaling[source]
+    for p in adapter_parameters(unet, target):
+        p.requires_grad_(False)
+
+
+def merge_adapter(unet: UNet2DConditionModel, name: str) -> None:
+    """Add an adapter, at the scale that it has now, to the base weights and remove it. `adapter_off` then means the merged network.
+
+    The sum is made in float32 and rounded to the base weights' type.
+    """
+    flags = [(p, p.requires_grad) for p in unet.parameters()]
+    for layer in _layers(unet, name).values():
+        weight = layer.get_base_layer().weight
+        weight.data.copy_(weight.data.float() + layer.get_delta_weight(name).float())
+        # deleting an active adapter would make peft activate another one
+        layer.set_adapter([a for a in layer.active_adapters if a != name])
+    if len(unet.peft_config) > 1:
+        unet.delete_adapters(name)
+    else:
+        unet.unload_lora()
+    _restore_flags(flags)
+
+
+def save_lora(folder: Path, unet: UNet2DConditionModel, name: str, *, metadata: Mapping[str, str]) -> None:
+    """Write the adapter for others, at its trained strength, in the two namings in use; each file is there whole or not at all.
+
+    `pytorch_lora_weights.safetensors` is what `pipe.load_lora_weights(folder)` reads; alpha lies in its header, which diffusers
+    reads since 0.35 (older ones take alpha = rank). `kohya.safetensors` is for ComfyUI and other programs, and for
+    `pipe.load_lora_weights(folder, weight_name="kohya.safetensors")`.
+
+    Args:
+        metadata: goes into the headers of both.
+    """
+    layers = _layers(unet, name)
+    first = next(iter(layers.values()))
+    rank, alpha = first.r[name], first.lora_alpha[name]
+    state = {k: v.float().cpu().contiguous() for k, v in adapter_state(unet, name).items()}
+    config = {"unet.r": rank, "unet.lora_alpha": alpha, "unet.target_modules": sorted(layers)}
+    header = {**metadata, "format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(config, sort_keys=True)}
+    write_atomic(folder / WEIGHTS, _file_bytes({f"unet.{k}": v for k, v in state.items()}, header))
+    kohya: dict[str, Tensor] = {}
+    for n in layers:
+        key = f"lora_unet_{n.replace('.', '_')}"
+        kohya[f"{key}.lora_down.weight"] = state[f"{n}.lora_A.weight"]
+        kohya[f"{key}.lora_up.weight"] = state[f"{n}.lora_B.weight"]
+        kohya[f"{key}.alpha"] = torch.tensor(float(alpha))
+    header = {**metadata, "ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(float(alpha))}
+    write_atomic(folder / KOHYA, _file_bytes(kohya, header))
+
+
+def _file_bytes(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bytes:
+    """A safetensors file with sorted metadata: the library writes it in a random order, and equal weights should give equal bytes."""
+    data = save(dict(tensors), dict(header))
+    size = int.from_bytes(data[:8], "little")
+    fields = json.loads(data[8 : 8 + size])
+    text = json.dumps({**fields, "__metadata__": dict(sorted(header.items()))}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
+def load_lora(unet: UNet2DConditionModel, path: Path, name: str) -> list[nn.Parameter]:
+    """Read `pytorch_lora_weights.safetensors` (the file, or its folder) into a new adapter, active and frozen.
+
+    To train it on, set `requires_grad_(True)` on what is returned.
+
+    Raises:
+        ValueError: no such file, damaged, not a UNet LoRA, or made for another model (with the first key that differs).
+    """
+    file = path / WEIGHTS if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{path}: no {WEIGHTS} there")
+    try:
+        with safe_open(file, framework="pt") as f:
+            header, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in sorted(f.keys())}
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read as safetensors ({error})") from error
+    rank = _check_fits(unet, tensors, file)
+    config = json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "{}"))
+    alpha = config.get("unet.lora_alpha", rank)
+    _inject(unet, name, sorted({k.removeprefix("unet.").split(".lora_")[0] for k in tensors}), rank, alpha)
+    load_adapter_state(unet, name, {k.removeprefix("unet."): v for k, v in tensors.items()})
+    parameters = adapter_parameters(unet, name)
+    for p in parameters:
+        p.requires_grad_(False)
+    return parameters
+
+
+def _check_fits(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor], file: Path) -> int:
+    """The rank of a LoRA file, if it fits the network."""
+    modules, rank = dict(unet.named_modules()), 0
+    for key, tensor in tensors.items():
+        layer, _, side = key.removeprefix("unet.").partition(".lora_")
+        if not key.startswith("unet.") or side not in ("A.weight", "B.weight"):
+            raise ValueError(f"{file}: {key} is not a LoRA weight of a UNet in diffusers' naming (unet.<layer>.lora_A.weight)")
+        found, down = tuple(tensor.shape), side == "A.weight"
+        weight = getattr(modules.get(layer), "weight", None)
+        if weight is None:
+            raise ValueError(f"{file}: the LoRA is for another model: {key} has shape {found}, this model has no layer {layer}")
+        rank = rank or tensor.shape[0 if down else 1]
+        wanted = (rank, weight.shape[1]) if down else (weight.shape[0], rank)
+        if found != wanted:
+            raise ValueError(f"{file}: the LoRA is for another model: {key} has shape {found}, this model needs {wanted}")
+    if not rank:
+        raise ValueError(f"{file}: holds no weights")
+    return rank
+
+
+def _inject(unet: UNet2DConditionModel, name: str, targets: list[str], rank: int, alpha: int) -> None:
+    """Add an adapter and make it active; its weights are to be set by the caller."""
+    if name in getattr(unet, "peft_config", {}):
+        raise ValueError(f"adapter {name!r} is there already")
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # peft draws initial weights, which are replaced
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), name)
+    for p in adapter_parameters(unet, name):
+        p.data = p.data.float()  # peft takes the base weights' type
+
+
+def _attention_linears(unet: UNet2DConditionModel) -> list[str]:
+    attentions = [(n, m) for n, m in unet.named_modules() if isinstance(m, Attention)]
+    names = [f"{at}.{n}" for at, a in attentions for n, m in a.named_modules() if isinstance(m, nn.Linear | LoraLayer)]
+    return [n for n in names if ".lora_" not in n and not n.endswith(".base_layer")]  # inner parts of earlier adapters
+
+
+def _layers(unet: UNet2DConditionModel, name: str) -> dict[str, LoraLayer]:
+    found = {n: m for n, m in unet.named_modules() if isinstance(m, LoraLayer) and name in m.lora_A}
+    if not found:
+        raise ValueError(f"no adapter {name!r}; there are: {', '.join(getattr(unet, 'peft_config', {})) or 'none'}")
+    return found
+
+
+def _named(unet: UNet2DConditionModel, name: str) -> dict[str, nn.Parameter]:
+    """The adapter's parameters under the names of its state."""
+    layers = _layers(unet, name).items()
+    return {f"{n}.lora_{side}.weight": part[name].weight for n, m in layers for side, part in (("A", m.lora_A), ("B", m.lora_B))}
+
+
+def _check_blocks(blocks: Sequence[str]) -> None:
+    if not blocks or (unknown := [b for b in blocks if b not in BLOCKS]):
+        raise ValueError(f"blocks: {', '.join(map(repr, unknown)) if blocks else 'empty'}; expected some of {', '.join(BLOCKS)}")
+
+
+def _in_blocks(layer: str, blocks: Sequence[str]) -> bool:
+    """down_blocks.0... is in down, mid_block... in mid."""
+    return "all" in blocks or layer.split("_block")[0] in blocks
+
+
+@contextmanager
+def _kept(unet: UNet2DConditionModel) -> Iterator[tuple[list[LoraLayer], Flags]]:
+    """Which adapters act, and what requires gradients, is afterwards as it was before."""
+    before = [(m, list(m.active_adapters), m.disable_adapters) for m in unet.modules() if isinstance(m, LoraLayer)]
+    flags = [(p, p.requires_grad) for layer, _, _ in before for p in layer.parameters()]
+    try:
+        yield [layer for layer, _, _ in before], flags
+    finally:
+        for layer, active, off in before:
+            layer.set_adapter(active)
+            layer.enable_adapters(not off)
+        _restore_flags(flags)
+
+
+def _restore_flags(flags: Flags) -> None:
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)

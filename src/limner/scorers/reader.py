@@ -1,0 +1,187 @@
+"""The reader: what a picture of a figure shows. Attributes, joints, defects; it judges and never selects or trains.
+
+One convolutional trunk with four kinds of heads: an attribute each, joint heatmaps at half resolution, a defect map at half
+resolution and a defect logit. Its features (for the Fréchet distance and diversity) are made of these heads, because features
+that only know captions do not see flaws.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from limner.images import check_images
+from limner.scorers.dual import Residual
+from limner.store import sha256
+
+# Pairs of joints whose distances are compared with the torso's (neck to middle of the hips).
+BONES = (
+    ("left_shoulder", "left_elbow"), ("left_elbow", "left_wrist"), ("right_shoulder", "right_elbow"), ("right_elbow", "right_wrist"),
+    ("left_hip", "left_knee"), ("left_knee", "left_ankle"), ("right_hip", "right_knee"), ("right_knee", "right_ankle"), ("head", "neck"),
+)  # fmt: skip
+PEAK = 0.3  # height from which a local maximum of a heatmap counts as a joint
+
+
+class Reader(nn.Module):
+    """attributes: name to values; joints: names, in the order of the heatmaps."""
+
+    def __init__(self, attributes: Mapping[str, Sequence[str]], joints: Sequence[str], channels: Sequence[int] = (32, 64, 128), width: int = 96):
+        super().__init__()
+        self.attributes = {k: list(v) for k, v in attributes.items()}
+        self.joints = list(joints)
+        self.channels, self.width = list(channels), width
+        a, b, c = channels
+        self.half = nn.Sequential(nn.Conv2d(3, a, 3, 2, 1, bias=False), nn.BatchNorm2d(a), nn.ReLU(inplace=True), Residual(a, a))  # 32
+        self.quarter = nn.Sequential(Residual(a, b, 2), Residual(b, b))  # 16
+        self.eighth = nn.Sequential(Residual(b, c, 2), Residual(c, c))  # 8
+        self.up_quarter, self.up_half = Residual(b + c, b), Residual(a + b, a)
+        self.maps = nn.Conv2d(a, len(joints) + 1, 1)
+        self.summary = nn.Sequential(nn.Linear(2 * c, width), nn.ReLU(inplace=True))
+        self.heads = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in self.attributes.items()})
+        self.soundness = nn.Sequential(nn.Linear(2 * c + 2 * a + 2, width), nn.ReLU(inplace=True))
+        self.defect = nn.Linear(width, 1)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Images (B, 3, 64, 64) in [0, 1] to logits: each attribute (B, values), joints (B, J, 32, 32), defect_map (B, 32, 32), defect (B,),
+        and the hidden layers summary and soundness (B, width)."""
+        x = ((images - 0.5) * 4).contiguous(memory_format=torch.channels_last)
+        half = self.half(x)
+        quarter = self.quarter(half)
+        eighth = self.eighth(quarter)
+        up = self.up_quarter(torch.cat([quarter, F.interpolate(eighth, scale_factor=2)], 1))
+        fine = self.up_half(torch.cat([half, F.interpolate(up, scale_factor=2)], 1))
+        maps = self.maps(fine)
+        pooled = torch.cat([eighth.mean((2, 3)), eighth.amax((2, 3))], 1)
+        summary = self.summary(pooled)
+        wrong = maps[:, -1]
+        seen = torch.cat([pooled, fine.mean((2, 3)), fine.amax((2, 3)), wrong.amax((1, 2))[:, None], wrong.sigmoid().mean((1, 2))[:, None] * 10], 1)
+        soundness = self.soundness(seen)
+        return {
+            **{name: head(summary) for name, head in self.heads.items()},
+            "joints": maps[:, :-1], "defect_map": wrong, "defect": self.defect(soundness)[:, 0], "summary": summary, "soundness": soundness,
+        }  # fmt: skip
+
+
+@dataclass
+class Reading:
+    """What the reader says of B images: attribute indices, probability of a defect, plausibility of the joints, features."""
+
+    attributes: dict[str, np.ndarray]
+    defect: np.ndarray
+    plausible: np.ndarray
+    doubt: np.ndarray
+    features: np.ndarray
+
+
+class FigureReader:
+    """A trained `Reader` with the limits measured on real figures: which ratios and how many joints are normal."""
+
+    def __init__(self, model: Reader, limits: dict[str, list[float]], revision: str = ""):
+        self.model, self.limits, self.revision = model.eval(), limits, revision
+
+    @torch.no_grad()
+    def read(self, images: Tensor, batch_size: int = 64) -> Reading:
+        """Read images (B, 3, 64, 64) in [0, 1]."""
+        check_images(images)
+        outs = [self.model(images[i : i + batch_size].float()) for i in range(0, len(images), batch_size)]
+        out = {k: torch.cat([o[k] for o in outs]) for k in outs[0]}
+        heat = out["joints"].sigmoid()
+        first, second, spots = peaks(heat)
+        doubt = self._doubt(first.numpy(), second.numpy(), spots.numpy())
+        logits = [out[name].log_softmax(1).exp() for name in self.model.attributes]
+        features = torch.cat([*logits, first, second, spots.flatten(1) * (first > PEAK).repeat_interleave(2, 1), out["summary"], out["soundness"]], 1)
+        return Reading(
+            {name: out[name].argmax(1).numpy() for name in self.model.attributes},
+            out["defect"].sigmoid().numpy(), doubt <= 1.0, doubt, features.numpy(),
+        )  # fmt: skip
+
+    def attribute_accuracy(self, reading: Reading, claimed: Sequence[Mapping[str, str]]) -> np.ndarray:
+        """Share of the attributes that each caption claims and the image shows, (B,)."""
+        out = []
+        for i, claims in enumerate(claimed):
+            names = [n for n in claims if n in self.model.attributes]
+            right = [self.model.attributes[n][reading.attributes[n][i]] == claims[n] for n in names]
+            out.append(float(np.mean(right)) if right else np.nan)
+        return np.array(out)
+
+    def _doubt(self, first: np.ndarray, second: np.ndarray, spots: np.ndarray) -> np.ndarray:
+        """How far from normal the joints are: the largest of the measures below over its limit on real figures; above 1 = implausible.
+
+        Second peaks (two wrists in one heatmap), joints unseen, and bone lengths over the torso's.
+        """
+        measures = joint_measures(self.model.joints, first, second, spots)
+        worst = np.zeros(len(first))
+        for name, values in measures.items():
+            low, high = self.limits[name]
+            middle = (low + high) / 2
+            excess = np.abs(values - middle) / max((high - low) / 2, 1e-6)
+            worst = np.fmax(worst, excess)
+        return worst
+
+
+def peaks(heat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Heatmaps (B, J, H, W) in [0, 1] to the heights of the highest and the second local maximum (B, J) and the place of the first (B, J, 2), x and y in 0..1."""
+    h, w = heat.shape[-2:]
+    top = F.max_pool2d(heat, 5, 1, 2)
+    local = torch.where(heat == top, heat, torch.zeros_like(heat)).flatten(2)
+    values, places = local.topk(2, dim=2)
+    where = places[..., 0]
+    return values[..., 0], values[..., 1], torch.stack([(where % w + 0.5) / w, (where // w + 0.5) / h], -1)
+
+
+def joint_measures(names: Sequence[str], first: np.ndarray, second: np.ndarray, spots: np.ndarray) -> dict[str, np.ndarray]:
+    """Numbers that tell a sound skeleton: `second` (the highest second peak), `unseen` (joints without a peak) and a ratio a bone (NaN if unseen)."""
+    seen = first > PEAK
+    at = {n: i for i, n in enumerate(names)}
+    hips = (spots[:, at["left_hip"]] + spots[:, at["right_hip"]]) / 2
+    torso = np.linalg.norm(spots[:, at["neck"]] - hips, axis=1).clip(0.02)
+    known = seen[:, at["neck"]] & (seen[:, at["left_hip"]] | seen[:, at["right_hip"]])
+    out = {"second": second.max(1), "unseen": (~seen).sum(1).astype(float)}
+    for a, b in BONES:
+        length = np.linalg.norm(spots[:, at[a]] - spots[:, at[b]], axis=1) / torso
+        out[f"{a}-{b}"] = np.where(known & seen[:, at[a]] & seen[:, at[b]], length, np.nan)
+    return out
+
+
+def measure_limits(names: Sequence[str], first: np.ndarray, second: np.ndarray, spots: np.ndarray) -> dict[str, list[float]]:
+    """The 1 % and 99 % points of `joint_measures` on real figures; second peaks and unseen joints have no lower limit."""
+    limits = {}
+    for name, values in joint_measures(names, first, second, spots).items():
+        low, high = np.nanpercentile(values, [1, 99])
+        limits[name] = [-float(high) - 1e-3, float(high) + 1e-3] if name in ("second", "unseen") else [float(low), float(high)]
+    return limits
+
+
+def save_reader(reader: FigureReader, folder: Path, *, half: bool = False) -> None:
+    """Write config.json and model.safetensors (float16 if `half`)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    m = reader.model
+    config = {"kind": "reader", "attributes": m.attributes, "joints": m.joints, "channels": m.channels, "width": m.width, "limits": reader.limits}
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    save_file({k: (v.half() if half and v.is_floating_point() else v).contiguous() for k, v in m.state_dict().items()}, folder / "model.safetensors")
+
+
+def load_reader(folder: Path) -> FigureReader:
+    """Read what `save_reader` wrote.
+
+    Raises:
+        ValueError: no reader lies there.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no config.json; expected a reader that `limner figures make` wrote") from None
+    if config.get("kind") != "reader":
+        raise ValueError(f"{folder} holds a {config.get('kind', 'model of another kind')!r}, not a reader")
+    model = Reader(config["attributes"], config["joints"], config["channels"], config["width"])
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / "model.safetensors").items()})
+    model.to(memory_format=torch.channels_last)
+    return FigureReader(model, config["limits"], sha256(folder / "model.safetensors")[:16])

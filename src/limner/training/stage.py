@@ -1,0 +1,266 @@
+"""Run one stage of a curriculum: examples in, an adapter out.
+
+The policy is the adapter `policy`; the reference is the same network with it off (`reference: base`) or with a frozen copy of
+what the stage started from (`reference: start`). Text and latents are prepared once; a step touches the UNet only.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from limner import checkpoint, seeds
+from limner.config import Learn
+from limner.images import decode_batch
+from limner.loop import Metrics, Optimisation, fit, schedule
+from limner.models.lora import adapter_as, adapter_off, adapter_state, add_lora, copy_adapter, load_adapter_state
+from limner.models.stable_diffusion import Pipeline
+from limner.records import Example
+from limner.training import losses
+from limner.training.errors import Batch, Errors, measure
+
+POLICY, START = "policy", "start"
+
+
+@dataclass
+class Pairs:
+    """Examples ready to learn from: latents (N, C, h, w) by role, the texts' states and which text each pair has."""
+
+    names: list[str]
+    winner: Tensor
+    loser: Tensor | None
+    states: Tensor
+    text: Tensor
+    empty: Tensor
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def prepare(pipeline: Pipeline, examples: Sequence[Example], batch_size: int = 16) -> Pairs:
+    """Group examples into pairs, encode each distinct caption once, and encode the images that brought no latents.
+
+    Raises:
+        ValueError: no examples, a group without a winner, groups that disagree on having a loser, images of several sizes.
+    """
+    groups: dict[str, dict[str, Example]] = {}
+    for e in examples:
+        groups.setdefault(e.group, {})["winner" if e.role == "target" else e.role] = e
+    if not groups:
+        raise ValueError("no examples to train on")
+    with_loser = ["loser" in g for g in groups.values()]
+    for name, group in groups.items():
+        if "winner" not in group:
+            raise ValueError(f"group {name} has no winner")
+        if ("loser" in group) != with_loser[0]:
+            raise ValueError(f"group {name} {'has' if 'loser' in group else 'lacks'} a loser, others are the other way round")
+    texts = list(dict.fromkeys(g["winner"].text for g in groups.values()))
+    place = {t: i for i, t in enumerate(texts)}
+    latents = {role: _latents(pipeline, [g[role] for g in groups.values()], batch_size) for role in (["winner", "loser"] if with_loser[0] else ["winner"])}
+    return Pairs(
+        list(groups),
+        latents["winner"],
+        latents.get("loser"),
+        pipeline.encode_text(texts).cpu(),
+        torch.tensor([place[g["winner"].text] for g in groups.values()]),
+        pipeline.encode_text([""]).cpu(),
+    )
+
+
+def _latents(pipeline: Pipeline, examples: Sequence[Example], batch_size: int) -> Tensor:
+    out: list[Tensor | None] = [
+        torch.from_numpy(np.frombuffer(e.latents, np.float32).copy()).view(*e.shape) if e.latents is not None else None for e in examples
+    ]
+    todo = [i for i, z in enumerate(out) if z is None]
+    for j in range(0, len(todo), batch_size):
+        part = todo[j : j + batch_size]
+        for i, z in zip(part, pipeline.encode_images(decode_batch([examples[i].image for i in part])).cpu()):
+            out[i] = z
+    shapes = {tuple(z.shape) for z in out if z is not None}
+    if len(shapes) > 1:
+        raise ValueError(f"examples of several sizes in one stage: latents {sorted(shapes)}; train one bucket at a time")
+    return torch.stack([z for z in out if z is not None])
+
+
+class Draw:
+    """Which examples, noise and timesteps a step sees: decided by (seed, stage, step, position in the global batch) alone."""
+
+    def __init__(self, pairs: Pairs, learn: Learn, seed: int, stage: str, process: int = 0, processes: int = 1):
+        self.pairs, self.learn, self.key = pairs, learn, (seed, stage)
+        self.process, self.processes = process, processes
+        self.orders: dict[int, Tensor] = {}
+
+    def __call__(self, step: int) -> list[Batch]:
+        """The micro-batches of this process at a step."""
+        size, accumulation = self.learn.train_batch_size, self.learn.gradient_accumulation_steps
+        first = step * size * accumulation * self.processes
+        mine = [first + (m * self.processes + self.process) * size for m in range(accumulation)]
+        return [self._batch(range(start, start + size)) for start in mine]
+
+    def _batch(self, positions: range) -> Batch:
+        p = self.pairs
+        rows = torch.tensor([self._row(i) for i in positions])
+        generators = [seeds.generator(*self.key, "draw", i) for i in positions]
+        low, high = self.learn.min_timestep, self.learn.max_timestep
+        t = torch.stack([torch.randint(low, high, (), generator=g) for g in generators])
+        dropped = torch.stack([torch.rand((), generator=g) < self.learn.caption_dropout for g in generators])
+        noise = torch.stack([torch.randn(p.winner.shape[1:], generator=g) for g in generators])
+        text = torch.where(dropped.view(-1, 1, 1), p.empty, p.states[p.text[rows]])
+        loser = p.loser[rows] if p.loser is not None and self.learn.loss == "dpo" else None
+        return Batch(p.winner[rows], loser, text, noise, t, [p.names[r] for r in rows])
+
+    def _row(self, position: int) -> int:
+        """Every example once an epoch, in an order of its own."""
+        epoch, i = divmod(position, len(self.pairs))
+        if epoch not in self.orders:
+            self.orders = {epoch: torch.randperm(len(self.pairs), generator=seeds.generator(*self.key, "order", epoch)), **dict(list(self.orders.items())[:1])}
+        return int(self.orders[epoch][i])
+
+
+def compute_loss(errors: Errors, t: Tensor, learn: Learn, alphas: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """A stage's loss from its errors: the chosen family, the statistics term, the anchor and the loser's safeguard. (B,) each."""
+    if learn.loss == "sft" or errors.loser is None or errors.loser_reference is None or errors.loser_residual is None:
+        return losses.sft(errors.winner, errors.winner_reference)
+    loser = errors.loser
+    factor: Tensor | float = learn.loser_weight
+    if learn.safeguard:
+        factor = factor * losses.safeguard(errors.winner_residual, errors.loser_residual, mu=learn.safeguard)
+    if isinstance(factor, Tensor) or factor != 1.0:
+        loser = losses.scale_gradient(loser, factor)
+    loss, metrics = losses.dpo(errors.winner, loser, errors.winner_reference, errors.loser_reference, beta=learn.beta)
+    if learn.statistics_weight:
+        term = losses.statistics(errors.policy_noise, errors.reference_noise, t, alphas)
+        loss = loss + learn.statistics_weight * term
+        metrics["statistics"] = learn.statistics_weight * term.detach()
+    if learn.sft_weight:
+        loss = loss + learn.sft_weight * errors.winner
+        metrics["sft"] = errors.winner.detach()
+    return loss, metrics
+
+
+def train_stage(
+    pipeline: Pipeline,
+    pairs: Pairs,
+    learn: Learn,
+    folder: Path,
+    *,
+    stage: str,
+    seed: int,
+    start: dict[str, Tensor] | None = None,
+    samples: Callable[[int], None] | None = None,
+    accelerator: Any = None,
+) -> dict[str, Tensor]:
+    """Train the adapter of a stage and return its weights; checkpoints, resumes and logs (`log.jsonl`) in `folder`.
+
+    Args:
+        start: the adapter of the stage to start from, or None for the base model.
+        samples: called with the step every `sample_steps` to draw a grid.
+        accelerator: of accelerate, for several processes; None = one.
+
+    Raises:
+        RuntimeError: the loss is not finite; names the groups, nothing was updated.
+    """
+    unet = pipeline.unet
+    parameters = add_lora(unet, POLICY, rank=learn.rank, alpha=learn.lora_alpha, blocks=learn.blocks, seed=seeds.seed_of(seed, stage, "lora") % 2**31)
+    if start is not None:
+        load_adapter_state(unet, POLICY, start)
+    reference: Callable[[], AbstractContextManager[None]] = lambda: adapter_off(unet)  # noqa: E731
+    if learn.reference == "start":
+        copy_adapter(unet, POLICY, START)
+        reference = lambda: adapter_as(unet, START)  # noqa: E731
+    if learn.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        unet.train()
+    optimisation = _optimisation(parameters, learn)
+    begin = 0
+    if found := checkpoint.latest(folder):
+        weights, state, meta = checkpoint.load(found)
+        load_adapter_state(unet, POLICY, weights["adapter"])
+        optimisation.load_state_dict(state)
+        begin = meta["step"]
+    device = pipeline.device
+    cast: Callable[[], AbstractContextManager[Any]] = (
+        nullcontext if pipeline.dtype == torch.float32 else lambda: torch.autocast(device.type, pipeline.dtype)
+    )
+
+    def loss(batch: Batch) -> tuple[Tensor, Metrics]:
+        moved = Batch(
+            batch.winner.to(device), None if batch.loser is None else batch.loser.to(device), batch.text.to(device), batch.noise.to(device),
+            batch.t.to(device), batch.names,
+        )  # fmt: skip
+        with cast():
+            errors = measure(pipeline, moved, reference)
+        value, metrics = compute_loss(errors, moved.t, learn, pipeline.alphas)
+        return value.mean(), {k: v.mean().item() for k, v in metrics.items()}
+
+    processes = accelerator.num_processes if accelerator else 1
+    main = accelerator is None or accelerator.is_main_process
+    draw = Draw(pairs, learn, seed, stage, accelerator.process_index if accelerator else 0, processes)
+    per_step = learn.train_batch_size * learn.gradient_accumulation_steps * processes
+    record = _logger(folder / "log.jsonl", begin, per_step, len(pairs)) if main else (lambda step, metrics: None)
+
+    def save(step: int) -> None:
+        if main:
+            checkpoint.save(folder, step, {"adapter": adapter_state(unet, POLICY)}, optimisation, {"stage": stage}, keep=learn.checkpoints_total_limit)
+
+    every: list[tuple[int, Callable[[int, Metrics], None]]] = [(1, record), (learn.checkpointing_steps, lambda step, _: save(step))]
+    if samples is not None and main:
+        every.append((learn.sample_steps, lambda step, _: samples(step)))
+    fit(
+        loss, draw, optimisation, max_train_steps=learn.max_train_steps, start=begin, every=every, save=save, name=f"train {stage}",
+        synchronise=(lambda: _average_gradients(parameters, accelerator)) if processes > 1 else None,
+    )  # fmt: skip
+    return adapter_state(unet, POLICY)
+
+
+def _optimisation(parameters: list[torch.nn.Parameter], learn: Learn) -> Optimisation:
+    betas = (learn.adam_beta1, learn.adam_beta2)
+    if learn.use_8bit_adam:
+        try:
+            from bitsandbytes.optim import AdamW8bit as AdamW
+        except ImportError:
+            raise ValueError("learn.use_8bit_adam: bitsandbytes is not installed; pip install bitsandbytes, or set it to false") from None
+    else:
+        from torch.optim import AdamW
+    optimizer = AdamW(parameters, lr=learn.learning_rate, betas=betas, weight_decay=learn.adam_weight_decay)
+    factor = schedule(learn.lr_scheduler, learn.lr_warmup_steps, learn.max_train_steps)
+    return Optimisation(parameters, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor), learn.max_grad_norm)
+
+
+def _average_gradients(parameters: Sequence[torch.nn.Parameter], accelerator: Any) -> None:
+    """One mean over processes. LoRA gradients are small, so this is cheaper and simpler than wrapping the network."""
+    for p in parameters:
+        if p.grad is not None:
+            p.grad = accelerator.reduce(p.grad, reduction="mean")
+
+
+def _logger(path: Path, begin: int, per_step: int, examples: int) -> Callable[[int, Metrics], None]:
+    """Append a line a step to `path`; lines from `begin` on, left by an interrupted run, are dropped first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= begin] if path.is_file() else []
+    path.write_text("".join(line + "\n" for line in kept))
+
+    def log(step: int, metrics: Metrics) -> None:
+        row = {"step": step, **metrics, "images_per_second": 2 * per_step / metrics["seconds"], "epoch": step * per_step / examples}
+        row["peak_memory_mb"] = _peak_memory()
+        with path.open("a") as f:
+            f.write(json.dumps({k: round(v, 8) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+
+    return log
+
+
+def _peak_memory() -> float:
+    """MB, of the accelerator if there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform != "darwin" else 2**20)
