@@ -289,8 +289,10 @@ def build(kind: type[T], values: dict[str, Any], overrides: Sequence[str] = (), 
     Raises:
         ValueError: an unknown key or a value of the wrong type; the message has `where` and the dotted path.
     """
-    from jsonargparse import ArgumentParser
-    from jsonargparse import ArgumentError  # type: ignore[attr-defined]
+    from jsonargparse import (
+        ArgumentError,  # type: ignore[attr-defined]
+        ArgumentParser,
+    )
 
     values = _rename(values)
     _refuse_unknown(kind, values, where)

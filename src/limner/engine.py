@@ -42,7 +42,10 @@ def run_shards(
     todo = [i for i in mine if not step.has(i)]
     total = sum(units(tasks[i]) for i in mine)
     done = total - sum(units(tasks[i]) for i in todo)
-    with stop_signals() as received, tqdm(total=total, initial=done, desc=name, unit="", disable=None, mininterval=1, dynamic_ncols=True) as bar:
+    with (
+        stop_signals() as received,
+        tqdm(total=total, initial=done, desc=name, unit="", disable=None, mininterval=1, dynamic_ncols=True) as bar,
+    ):
 
         def progress(n: int) -> None:
             bar.update(n)

@@ -105,7 +105,10 @@ def fit(
         Interrupted: a signal came; `save` was called.
     """
     o = optimisation
-    with stop_signals() as received, tqdm(total=max_train_steps, initial=start, desc=name, disable=None, mininterval=1, dynamic_ncols=True) as bar:
+    with (
+        stop_signals() as received,
+        tqdm(total=max_train_steps, initial=start, desc=name, disable=None, mininterval=1, dynamic_ncols=True) as bar,
+    ):
         for step in range(start, max_train_steps):
             began = time.perf_counter()
             o.optimizer.zero_grad(set_to_none=True)

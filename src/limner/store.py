@@ -49,7 +49,9 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         if error.errno == errno.ENOSPC:
-            raise ValueError(f"no space left to write {path}; free some and run the same command again, finished shards are kept") from error
+            raise ValueError(
+                f"no space left to write {path}; free some and run the same command again, finished shards are kept"
+            ) from error
         raise
 
 
@@ -98,11 +100,11 @@ def open_step(folder: Path, kind: str, config: Mapping[str, Any], inputs: Mappin
     path = folder / "manifest.json"
     if path.is_file():
         found = read_manifest(folder)
-        differences = list(_differences({k: found.get(k) for k in wanted}, wanted))
-        if differences:
+        changed = list(differences({k: found.get(k) for k in wanted}, wanted))
+        if changed:
             raise ValueError(
                 f"{folder} holds the output of another configuration:\n  "
-                + "\n  ".join(differences)
+                + "\n  ".join(changed)
                 + "\nRemove the folder or choose another output_dir."
             )
         return Step(folder, {k: v for k, v in found.items() if k not in ("complete", "shards", "counts")})
@@ -186,9 +188,10 @@ def _json(value: Any) -> str:
     return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    """Lines such as "config.seed: was 0, now 1" for everything that differs in two trees of JSON values."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(set(old) | set(new)):
-            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
     elif old != new:
         yield f"{path}: was {old!r}, now {new!r}"

@@ -56,10 +56,11 @@ def compare(
     circular: Collection[str],
     seed: int,
     command: str = "",
+    reference: NDArray | None = None,
 ) -> dict[str, Any]:
     """The content of metrics.json.
 
-    A metric that could not be measured is absent. `frechet` is the distance to `real`, so real itself has none; `frechet_ratio` is a
+    A metric that could not be measured is absent. `frechet` is the distance to `reference`, or without it to `real`, which then has none itself; `frechet_ratio` is a
     stage's over base's, drawn pairwise; `hue_shift` is against base. `differences` (stage - base, raw) and `wins` (share of prompts on
     which the stage is better; for sharpness: sharper; ties count half) are paired by prompt and seed.
 
@@ -68,6 +69,7 @@ def compare(
         circular: metrics whose scorer selected training examples.
         seed: of bootstrap and subsampling draws.
         command: what was run.
+        reference: features (n, D) of as many other real images, so that the row real shows how near real is to real.
 
     Raises:
         ValueError: a wrong or repeated name, an unknown metric, or models measured on different numbers of images.
@@ -75,9 +77,10 @@ def compare(
     everyone = [m for m in (real, base, *stages) if m is not None]
     _check(real, base, everyone, circular)
     models: dict[str, Numbers] = {}
+    truth = reference if reference is not None else real.features if real else None
     for m in everyone:
         models[m.name] = {
-            **_distances(m, real, base, pca, seed),
+            **(_distances(m, truth, base, pca, seed) if reference is not None or m is not real else {}),
             **{metric: _number(_one(metric, v)) for metric, v in _per_image(m).items() if len(v[np.isfinite(v)]) > 1},
             **_hue(m, base, seed),
             **_diversity(m),
@@ -125,14 +128,14 @@ def _one(metric: str, values: Array) -> Interval:
     return statistics.share_interval(float(known.sum()), len(known)) if metric in YES_OR_NO else statistics.mean_interval(known)
 
 
-def _distances(m: Measured, real: Measured | None, base: Measured, pca: Projection | None, seed: int) -> Numbers:
-    """Fréchet distance to real, and for a stage its ratio to base's, both on the same random halves of prompts."""
-    if real is None or m is real or real.features is None or m.features is None or len(m.features) < 4:
+def _distances(m: Measured, reference: NDArray | None, base: Measured, pca: Projection | None, seed: int) -> Numbers:
+    """Fréchet distance to the reference, and for a stage its ratio to base's, both on the same random halves of prompts."""
+    if reference is None or m.features is None or len(m.features) < 4:
         return {}
     project = pca or (lambda x: x)
-    ours, truth = project(m.features), project(real.features)
+    ours, truth = project(m.features), project(reference)
     found = {"frechet": _number(statistics.half_subsample_interval(lambda i: frechet(ours[i], truth[i]), len(ours), seed), least=0.0)}
-    if m is not base and base.features is not None:
+    if m.name not in ("base", "real") and base.features is not None:
         theirs = project(base.features)
         if frechet(theirs, truth) > 0:
             ratio = statistics.half_subsample_interval(lambda i: frechet(ours[i], truth[i]) / frechet(theirs[i], truth[i]), len(ours), seed)

@@ -14,8 +14,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from limner import checkpoint
-from limner.loop import Metrics, Optimisation, fit, schedule
-
+from limner.loop import Every, Metrics, Optimisation, fit, schedule
 
 # Of the KL summed over the latent. At 1e-5 whole channels collapse and people lose the colours of their clothes.
 KL_WEIGHT = 1e-8
@@ -55,7 +54,9 @@ def train_autoencoder(
     torch.manual_seed(seed)
     model = new_autoencoder().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    o = Optimisation(list(model.parameters()), optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule("cosine", 50, max_train_steps)))
+    o = Optimisation(
+        list(model.parameters()), optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule("cosine", 50, max_train_steps))
+    )
     start = 0
     if found := checkpoint.latest(folder):
         weights, state, meta = checkpoint.load(found)
@@ -78,9 +79,14 @@ def train_autoencoder(
         value = reconstruction_loss(image, output, weight) + KL_WEIGHT * posterior.kl().mean()
         return value, {"psnr": (10 * torch.log10(4 / F.mse_loss(output, image))).item()}
 
-    save = lambda step: checkpoint.save(folder, step, {"model": model.state_dict()}, o, {})  # noqa: E731
-    log = lambda step, m: print(f"autoencoder {step} loss {m['loss']:.4f} psnr {m['psnr']:.2f} {m['seconds']:.2f}s", flush=True)  # noqa: E731
-    fit(loss, batches, o, max_train_steps=max_train_steps, start=start, every=[(50, log), (250, lambda s, _: save(s))], save=save, name="autoencoder")  # type: ignore[arg-type, return-value]
+    def save(step: int) -> None:
+        checkpoint.save(folder, step, {"model": model.state_dict()}, o, {})
+
+    def log(step: int, m: Metrics) -> None:
+        print(f"autoencoder {step} loss {m['loss']:.4f} psnr {m['psnr']:.2f} {m['seconds']:.2f}s", flush=True)
+
+    every: list[Every] = [(50, log), (250, lambda step, _: save(step))]
+    fit(loss, batches, o, max_train_steps=max_train_steps, start=start, every=every, save=save, name="autoencoder")
     return whiten(model.eval(), images[:512])
 
 

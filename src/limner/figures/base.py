@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from limner import checkpoint
 from limner.figures.autoencoder import to_signed
-from limner.loop import Metrics, Optimisation, fit, schedule
+from limner.loop import Every, Metrics, Optimisation, fit, schedule
 
 LENGTH = 32  # tokens of a caption
 SPECIAL = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|unknown|>", "pad_token": "<|pad|>"}
@@ -28,11 +28,11 @@ TRAINING_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_e
 
 def make_tokenizer(captions: Sequence[str], folder: Path) -> CLIPTokenizer:
     """A CLIP tokenizer whose byte-pair merges were learned from the captions, so that each of their words is one token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     pieces = Tokenizer(models.BPE(unk_token=SPECIAL["unk_token"], end_of_word_suffix="</w>"))
-    pieces.pre_tokenizer = pre_tokenizers.Split(pattern=__import__("tokenizers").Regex(r"\w+|[^\w\s]+"), behavior="removed", invert=True)
-    letters = [c for c in "abcdefghijklmnopqrstuvwxyz0123456789"]
+    pieces.pre_tokenizer = pre_tokenizers.Split(pattern=Regex(r"\w+|[^\w\s]+"), behavior="removed", invert=True)
+    letters = list("abcdefghijklmnopqrstuvwxyz0123456789")
     trainer = trainers.BpeTrainer(
         vocab_size=768, special_tokens=list(SPECIAL.values()), initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
     )
@@ -40,7 +40,9 @@ def make_tokenizer(captions: Sequence[str], folder: Path) -> CLIPTokenizer:
     model = json.loads(pieces.to_str())["model"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) if isinstance(m, list) else m for m in model["merges"]) + "\n")
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(" ".join(m) if isinstance(m, list) else m for m in model["merges"]) + "\n"
+    )
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=LENGTH, **SPECIAL)
 
 
@@ -101,7 +103,9 @@ def train_base(
     both = _Both(new_unet().to(memory_format=torch.channels_last), new_text_encoder(tokenizer))
     average = {k: v.detach().clone() for k, v in both.state_dict().items()}
     optimizer = torch.optim.AdamW(both.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
-    o = Optimisation(list(both.parameters()), optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule("cosine", 100, max_train_steps)))
+    o = Optimisation(
+        list(both.parameters()), optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule("cosine", 100, max_train_steps))
+    )
     start = 0
     if found := checkpoint.latest(folder):
         weights, state, meta = checkpoint.load(found)
@@ -146,11 +150,11 @@ def train_base(
         if step % 50 == 0:
             print(f"base {step} loss {sum(seen[-50:]) / len(seen[-50:]):.4f} {m['seconds']:.2f}s", flush=True)
 
-    save = lambda step: checkpoint.save(folder, step, {"model": both.state_dict(), "ema": average}, o, {})  # noqa: E731
-    fit(
-        loss, batches, o, max_train_steps=max_train_steps, start=start, name="base", save=save,  # type: ignore[arg-type]
-        every=[(1, update_average), (1, log), (200, lambda step, _: save(step))],  # type: ignore[list-item, return-value]
-    )  # fmt: skip
+    def save(step: int) -> None:
+        checkpoint.save(folder, step, {"model": both.state_dict(), "ema": average}, o, {})
+
+    every: list[Every] = [(1, update_average), (1, log), (200, lambda step, _: save(step))]
+    fit(loss, batches, o, max_train_steps=max_train_steps, start=start, every=every, save=save, name="base")
     return assemble(both, average, vae, tokenizer)
 
 
@@ -159,6 +163,6 @@ def assemble(both: nn.Module, average: dict[str, Tensor], vae: AutoencoderKL, to
     both.load_state_dict(average)
     scheduler = DPMSolverMultistepScheduler(**TRAINING_SCHEDULE)
     return StableDiffusionPipeline(
-        vae=vae, text_encoder=both.text_encoder, tokenizer=tokenizer, unet=both.unet, scheduler=scheduler,  # type: ignore[arg-type]
+        vae=vae, text_encoder=both.text_encoder, tokenizer=tokenizer, unet=both.unet, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip

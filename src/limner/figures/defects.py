@@ -109,7 +109,9 @@ def smear(image: np.ndarray, centre: tuple[float, float], radius: float, rng: np
     return (mixed + 0.5).clip(0, 255).astype(np.uint8), distance < 0.85
 
 
-def inject(figure: Figure, mesh: Mesh, sound: Layers, kind: str, rng: np.random.Generator) -> tuple[Layers, str, np.ndarray, list[tuple[int, float, float]]] | None:
+def inject(
+    figure: Figure, mesh: Mesh, sound: Layers, kind: str, rng: np.random.Generator
+) -> tuple[Layers, str, np.ndarray, list[tuple[int, float, float]]] | None:
     """A defective copy of what `sound` shows, in the same frame: layers, limb, mask (size, size), extra joints. None if it cannot be seen.
 
     `kind` is one of the four that change the mesh. The mask of a missing limb is where the sound figure showed it; that of
@@ -144,7 +146,9 @@ def inject(figure: Figure, mesh: Mesh, sound: Layers, kind: str, rng: np.random.
     return (bad, limb, small, extra) if small.sum() >= MIN_PIXELS else None
 
 
-def _seen(joints: np.ndarray, figure: Figure, view: tuple[float, float, float], mask: np.ndarray, first: int) -> list[tuple[int, float, float]]:
+def _seen(
+    joints: np.ndarray, figure: Figure, view: tuple[float, float, float], mask: np.ndarray, first: int
+) -> list[tuple[int, float, float]]:
     """(joint, x, y) of the joints that lie on visible pixels of the mask."""
     x0, z0, side = view
     p = turn(joints, figure.yaw)

@@ -23,7 +23,15 @@ from limner.figures.render import Picture, cast, paint
 from limner.figures.scene import ATTRIBUTES, Figure, sample
 
 # Sixteenths of the attribute space.
-_BUCKETS = {"train": range(0, 6), "validation": (6,), "test": (7,), "scorer": (8, 9), "judge": (10, 11), "reader": (12, 13), "raters": (14, 15)}
+_BUCKETS = {
+    "train": range(0, 6),
+    "validation": (6,),
+    "test": (7,),
+    "scorer": (8, 9),
+    "judge": (10, 11),
+    "reader": (12, 13),
+    "raters": (14, 15),
+}
 _PAINTED = ("hair", "top", "sleeves", "bottom", "legwear", "place", "skin", "shoes", "horizon", "light", "scenery")
 
 
@@ -103,5 +111,10 @@ def row(split: str, drawn: Drawn) -> dict[str, Any]:
         d = drawn.defective
         joints = [(k, float(x), float(y)) for k, (x, y) in enumerate(d.picture.joints) if d.picture.visible[k]] + d.extra_joints
         out["defect_joints"] = [{"joint": k, "x": round(x, 4), "y": round(y, 4)} for k, x, y in joints]
-        out |= {"defective_image": png(d.picture.image), "defect": d.kind, "defect_limb": d.limb, "defect_mask": png(d.mask.astype(np.uint8) * 255)}
+        out |= {
+            "defective_image": png(d.picture.image),
+            "defect": d.kind,
+            "defect_limb": d.limb,
+            "defect_mask": png(d.mask.astype(np.uint8) * 255),
+        }
     return out

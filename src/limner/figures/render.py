@@ -129,7 +129,13 @@ def cast(figure: Figure, mesh: Mesh, size: int = 64, view: tuple[float, float, f
     low = box[v[:, 2] < v[:, 2].min() + 0.12]
     feet = (float(low[:, 0].mean()), float(box[:, 1].max()), float(np.ptp(low[:, 0]) / 2 + 0.05))
     return Layers(
-        layer(mesh.part, -1, np.int8), layer(mesh.limb, 0, np.int8), layer(mesh.wrong, False, bool), normals, spots.astype(np.float32), visible, feet
+        layer(mesh.part, -1, np.int8),
+        layer(mesh.limb, 0, np.int8),
+        layer(mesh.wrong, False, bool),
+        normals,
+        spots.astype(np.float32),
+        visible,
+        feet,
     )
 
 

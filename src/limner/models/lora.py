@@ -138,6 +138,13 @@ def copy_adapter(unet: UNet2DConditionModel, source: str, target: str) -> None:
         p.requires_grad_(False)
 
 
+def remove_adapters(unet: UNet2DConditionModel) -> None:
+    """Take every adapter off for good; the network is what it was before any."""
+    if getattr(unet, "peft_config", None):
+        unet.unload_lora()
+    unet.requires_grad_(False)
+
+
 def merge_adapter(unet: UNet2DConditionModel, name: str) -> None:
     """Add an adapter, at the scale that it has now, to the base weights and remove it. `adapter_off` then means the merged network.
 

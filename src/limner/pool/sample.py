@@ -15,7 +15,7 @@ from torch import Tensor
 
 from limner import seeds
 from limner.config import Sampler
-from limner.images import decode_batch, encode_batch
+from limner.images import encode_png
 from limner.models.stable_diffusion import Pipeline
 from limner.records import Image, Prompt
 
@@ -84,7 +84,12 @@ def make_scheduler(pipeline: Pipeline, sampler: Sampler, start: int | None = Non
 
 
 def sample(
-    pipeline: Pipeline, requests: Sequence[Request], sampler: Sampler, seed: int, progress: Progress = lambda n: None, hook: Hook | None = None
+    pipeline: Pipeline,
+    requests: Sequence[Request],
+    sampler: Sampler,
+    seed: int,
+    progress: Progress = lambda n: None,
+    hook: Hook | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Images of the requests, in order: (pixels (3, H, W) in [0, 1], latents (C, h, w)), both on the CPU.
 
@@ -150,12 +155,19 @@ def rows(
 ) -> list[Image]:
     """Image records of what was made."""
     described = json.dumps({"scheduler": "DPMSolverMultistep", **asdict(sampler)}, sort_keys=True)
-    encoded = encode_batch([pixels for pixels, _ in made])
+    encoded = [encode_png(pixels) for pixels, _ in made]
     tag = "" if timestep is None else f"@t{timestep}"
     return [
-        Image(id=r.id + tag, prompt_id=r.prompt.id, text=r.prompt.text, image=data, k=r.k, seed=seed, timestep=timestep, sampler=described, model=model)
+        Image(
+            id=r.id + tag,
+            prompt_id=r.prompt.id,
+            text=r.prompt.text,
+            image=data,
+            k=r.k,
+            seed=seed,
+            timestep=timestep,
+            sampler=described,
+            model=model,
+        )
         for r, data in zip(requests, encoded)
     ]
-
-
-__all__ = ["Request", "decode_batch", "denoise", "make_scheduler", "reconstruct", "rows", "sample"]

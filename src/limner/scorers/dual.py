@@ -51,7 +51,11 @@ class Residual(nn.Module):
             nn.Conv2d(inner, outer, 3, stride, 1, bias=False), nn.BatchNorm2d(outer), nn.ReLU(inplace=True),
             nn.Conv2d(outer, outer, 3, 1, 1, bias=False), nn.BatchNorm2d(outer),
         )  # fmt: skip
-        self.skip = nn.Identity() if stride == 1 and inner == outer else nn.Sequential(nn.Conv2d(inner, outer, 1, stride, bias=False), nn.BatchNorm2d(outer))
+        self.skip = (
+            nn.Identity()
+            if stride == 1 and inner == outer
+            else nn.Sequential(nn.Conv2d(inner, outer, 1, stride, bias=False), nn.BatchNorm2d(outer))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.body(x) + self.skip(x))
@@ -134,7 +138,9 @@ class DualScorer:
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:
     """Texts to ids (B, L), padded and cut to the tokenizer's length."""
-    return tokenizer(list(texts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
+    return tokenizer(
+        list(texts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids
 
 
 def vocabulary_of(tokenizer: Any) -> dict[str, int]:

@@ -33,16 +33,18 @@ PEAK = 0.3  # height from which a local maximum of a heatmap counts as a joint
 class Reader(nn.Module):
     """attributes: name to values; joints: names, in the order of the heatmaps."""
 
-    def __init__(self, attributes: Mapping[str, Sequence[str]], joints: Sequence[str], channels: Sequence[int] = (32, 64, 128), width: int = 96):
+    def __init__(
+        self, attributes: Mapping[str, Sequence[str]], joints: Sequence[str], channels: Sequence[int] = (32, 64, 128), width: int = 96
+    ):
         super().__init__()
         self.attributes = {k: list(v) for k, v in attributes.items()}
         self.joints = list(joints)
         self.channels, self.width = list(channels), width
         a, b, c = channels
-        self.half = nn.Sequential(nn.Conv2d(3, a, 3, 2, 1, bias=False), nn.BatchNorm2d(a), nn.ReLU(inplace=True), Residual(a, a))  # 32
+        self.fine_half = nn.Sequential(nn.Conv2d(3, a, 3, 2, 1, bias=False), nn.BatchNorm2d(a), nn.ReLU(inplace=True), Residual(a, a))  # 32
         self.quarter = nn.Sequential(Residual(a, b, 2), Residual(b, b))  # 16
         self.eighth = nn.Sequential(Residual(b, c, 2), Residual(c, c))  # 8
-        self.up_quarter, self.up_half = Residual(b + c, b), Residual(a + b, a)
+        self.up_quarter, self.up_fine = Residual(b + c, b), Residual(a + b, a)
         self.maps = nn.Conv2d(a, len(joints) + 1, 1)
         self.summary = nn.Sequential(nn.Linear(2 * c, width), nn.ReLU(inplace=True))
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in self.attributes.items()})
@@ -53,16 +55,18 @@ class Reader(nn.Module):
         """Images (B, 3, 64, 64) in [0, 1] to logits: each attribute (B, values), joints (B, J, 32, 32), defect_map (B, 32, 32), defect (B,),
         and the hidden layers summary and soundness (B, width)."""
         x = ((images - 0.5) * 4).contiguous(memory_format=torch.channels_last)
-        half = self.half(x)
+        half = self.fine_half(x)
         quarter = self.quarter(half)
         eighth = self.eighth(quarter)
         up = self.up_quarter(torch.cat([quarter, F.interpolate(eighth, scale_factor=2)], 1))
-        fine = self.up_half(torch.cat([half, F.interpolate(up, scale_factor=2)], 1))
+        fine = self.up_fine(torch.cat([half, F.interpolate(up, scale_factor=2)], 1))
         maps = self.maps(fine)
         pooled = torch.cat([eighth.mean((2, 3)), eighth.amax((2, 3))], 1)
         summary = self.summary(pooled)
         wrong = maps[:, -1]
-        seen = torch.cat([pooled, fine.mean((2, 3)), fine.amax((2, 3)), wrong.amax((1, 2))[:, None], wrong.sigmoid().mean((1, 2))[:, None] * 10], 1)
+        seen = torch.cat(
+            [pooled, fine.mean((2, 3)), fine.amax((2, 3)), wrong.amax((1, 2))[:, None], wrong.sigmoid().mean((1, 2))[:, None] * 10], 1
+        )
         soundness = self.soundness(seen)
         return {
             **{name: head(summary) for name, head in self.heads.items()},
@@ -97,7 +101,9 @@ class FigureReader:
         first, second, spots = peaks(heat)
         doubt = self._doubt(first.numpy(), second.numpy(), spots.numpy())
         logits = [out[name].log_softmax(1).exp() for name in self.model.attributes]
-        features = torch.cat([*logits, first, second, spots.flatten(1) * (first > PEAK).repeat_interleave(2, 1), out["summary"], out["soundness"]], 1)
+        features = torch.cat(
+            [*logits, first, second, spots.flatten(1) * (first > PEAK).repeat_interleave(2, 1), out["summary"], out["soundness"]], 1
+        )
         return Reading(
             {name: out[name].argmax(1).numpy() for name in self.model.attributes},
             out["defect"].sigmoid().numpy(), doubt <= 1.0, doubt, features.numpy(),
@@ -164,9 +170,19 @@ def save_reader(reader: FigureReader, folder: Path, *, half: bool = False) -> No
     """Write config.json and model.safetensors (float16 if `half`)."""
     folder.mkdir(parents=True, exist_ok=True)
     m = reader.model
-    config = {"kind": "reader", "attributes": m.attributes, "joints": m.joints, "channels": m.channels, "width": m.width, "limits": reader.limits}
+    config = {
+        "kind": "reader",
+        "attributes": m.attributes,
+        "joints": m.joints,
+        "channels": m.channels,
+        "width": m.width,
+        "limits": reader.limits,
+    }
     (folder / "config.json").write_text(json.dumps(config, indent=1))
-    save_file({k: (v.half() if half and v.is_floating_point() else v).contiguous() for k, v in m.state_dict().items()}, folder / "model.safetensors")
+    save_file(
+        {k: (v.half() if half and v.is_floating_point() else v).contiguous() for k, v in m.state_dict().items()},
+        folder / "model.safetensors",
+    )
 
 
 def load_reader(folder: Path) -> FigureReader:

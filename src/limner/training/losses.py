@@ -26,20 +26,20 @@ def dpo(winner_error: Tensor, loser_error: Tensor, winner_reference_error: Tenso
         beta: strength; the paper's T is absorbed, its weight over timesteps is constant, as in its code.
 
     Returns:
-        loss (B,), log 2 where policy and reference agree; metrics winner_difference (d_w; below 0 the winner became likelier),
-        loser_difference, margin (d_l - d_w; positive is good) and accuracy (margin > 0; a tie counts a half).
+        loss (B,), log 2 where policy and reference agree; metrics winner_error_difference (d_w; below 0 the winner became likelier),
+        loser_error_difference, margin (d_l - d_w; positive is good) and accuracy (margin > 0; a tie counts a half).
     """
     d_w, d_l = winner_error - winner_reference_error, loser_error - loser_reference_error
     margin = d_l - d_w
     loss = -F.logsigmoid(0.5 * beta * margin)
     accuracy = (margin > 0).float() + 0.5 * (margin == 0).float()
-    metrics = {"winner_difference": d_w, "loser_difference": d_l, "margin": margin, "accuracy": accuracy}
+    metrics = {"winner_error_difference": d_w, "loser_error_difference": d_l, "margin": margin, "accuracy": accuracy}
     return loss, {k: v.detach() for k, v in metrics.items()}
 
 
 def sft(winner_error: Tensor, winner_reference_error: Tensor) -> Output:
     """Supervised fine-tuning: the denoising error of the winner itself (stage `base`, and an anchor beside DPO)."""
-    return winner_error, {"winner_difference": (winner_error - winner_reference_error).detach()}
+    return winner_error, {"winner_error_difference": (winner_error - winner_reference_error).detach()}
 
 
 def statistics(policy_noise: Tensor, base_noise: Tensor, t: Tensor, alphas: Tensor) -> Tensor:

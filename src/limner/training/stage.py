@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from limner import checkpoint, seeds
 from limner.config import Learn
-from limner.images import decode_batch
+from limner.images import decode_batch, image_size
 from limner.loop import Metrics, Optimisation, fit, schedule
 from limner.models.lora import adapter_as, adapter_off, adapter_state, add_lora, copy_adapter, load_adapter_state
 from limner.models.stable_diffusion import Pipeline
@@ -34,11 +35,11 @@ POLICY, START = "policy", "start"
 
 @dataclass
 class Pairs:
-    """Examples ready to learn from: latents (N, C, h, w) by role, the texts' states and which text each pair has."""
+    """Examples ready to learn from: latents (C, h, w) a row by role, the texts' states (T, L, D), which text each row has, and the empty text's state."""
 
     names: list[str]
-    winner: Tensor
-    loser: Tensor | None
+    winner: list[Tensor]
+    loser: list[Tensor] | None
     states: Tensor
     text: Tensor
     empty: Tensor
@@ -51,7 +52,7 @@ def prepare(pipeline: Pipeline, examples: Sequence[Example], batch_size: int = 1
     """Group examples into pairs, encode each distinct caption once, and encode the images that brought no latents.
 
     Raises:
-        ValueError: no examples, a group without a winner, groups that disagree on having a loser, images of several sizes.
+        ValueError: no examples, a group without a winner, groups that disagree on having a loser, a pair of two sizes.
     """
     groups: dict[str, dict[str, Example]] = {}
     for e in examples:
@@ -66,65 +67,73 @@ def prepare(pipeline: Pipeline, examples: Sequence[Example], batch_size: int = 1
             raise ValueError(f"group {name} {'has' if 'loser' in group else 'lacks'} a loser, others are the other way round")
     texts = list(dict.fromkeys(g["winner"].text for g in groups.values()))
     place = {t: i for i, t in enumerate(texts)}
-    latents = {role: _latents(pipeline, [g[role] for g in groups.values()], batch_size) for role in (["winner", "loser"] if with_loser[0] else ["winner"])}
-    return Pairs(
-        list(groups),
-        latents["winner"],
-        latents.get("loser"),
-        pipeline.encode_text(texts).cpu(),
-        torch.tensor([place[g["winner"].text] for g in groups.values()]),
-        pipeline.encode_text([""]).cpu(),
-    )
+    winner = _latents(pipeline, [g["winner"] for g in groups.values()], batch_size)
+    loser = _latents(pipeline, [g["loser"] for g in groups.values()], batch_size) if with_loser[0] else None
+    for name, w, l in zip(groups, winner, loser or winner):  # noqa: E741
+        if w.shape != l.shape:
+            raise ValueError(f"group {name}: winner and loser differ in size, latents {tuple(w.shape)} and {tuple(l.shape)}")
+    text = torch.tensor([place[g["winner"].text] for g in groups.values()])
+    return Pairs(list(groups), winner, loser, pipeline.encode_text(texts).cpu(), text, pipeline.encode_text([""]).cpu())
 
 
-def _latents(pipeline: Pipeline, examples: Sequence[Example], batch_size: int) -> Tensor:
-    out: list[Tensor | None] = [
+def _latents(pipeline: Pipeline, examples: Sequence[Example], batch_size: int) -> list[Tensor]:
+    """Latents of the examples: those they brought, the others encoded in batches of one size."""
+    out = [
         torch.from_numpy(np.frombuffer(e.latents, np.float32).copy()).view(*e.shape) if e.latents is not None else None for e in examples
     ]
-    todo = [i for i, z in enumerate(out) if z is None]
-    for j in range(0, len(todo), batch_size):
-        part = todo[j : j + batch_size]
-        for i, z in zip(part, pipeline.encode_images(decode_batch([examples[i].image for i in part])).cpu()):
-            out[i] = z
-    shapes = {tuple(z.shape) for z in out if z is not None}
-    if len(shapes) > 1:
-        raise ValueError(f"examples of several sizes in one stage: latents {sorted(shapes)}; train one bucket at a time")
-    return torch.stack([z for z in out if z is not None])
+    todo = sorted((i for i, z in enumerate(out) if z is None), key=lambda i: image_size(examples[i].image))
+    for _, same in groupby(todo, key=lambda i: image_size(examples[i].image)):
+        for part in batched(list(same), batch_size):
+            for i, z in zip(part, pipeline.encode_images(decode_batch([examples[i].image for i in part])).cpu()):
+                out[i] = z
+    return [z for z in out if z is not None]
+
+
+def batched(rows: Sequence[int], size: int) -> list[list[int]]:
+    """Rows in pieces of at most `size`."""
+    return [list(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
 class Draw:
-    """Which examples, noise and timesteps a step sees: decided by (seed, stage, step, position in the global batch) alone."""
+    """Which examples, noise and timesteps a step sees: decided by (seed, stage, step, position in the global batch) alone.
+
+    Every example comes once an epoch, in an order of its own; a batch holds latents of one size, and one that the size's
+    examples do not fill is filled from its beginning.
+    """
 
     def __init__(self, pairs: Pairs, learn: Learn, seed: int, stage: str, process: int = 0, processes: int = 1):
         self.pairs, self.learn, self.key = pairs, learn, (seed, stage)
         self.process, self.processes = process, processes
-        self.orders: dict[int, Tensor] = {}
+        self.epoch, self.batches = -1, self._epoch(0)
 
     def __call__(self, step: int) -> list[Batch]:
         """The micro-batches of this process at a step."""
-        size, accumulation = self.learn.train_batch_size, self.learn.gradient_accumulation_steps
-        first = step * size * accumulation * self.processes
-        mine = [first + (m * self.processes + self.process) * size for m in range(accumulation)]
-        return [self._batch(range(start, start + size)) for start in mine]
+        accumulation = self.learn.gradient_accumulation_steps
+        return [self._batch((step * accumulation + m) * self.processes + self.process) for m in range(accumulation)]
 
-    def _batch(self, positions: range) -> Batch:
-        p = self.pairs
-        rows = torch.tensor([self._row(i) for i in positions])
-        generators = [seeds.generator(*self.key, "draw", i) for i in positions]
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        g = seeds.generator(*self.key, "order", epoch)
+        by_size: dict[tuple[int, ...], list[int]] = {}
+        for row in torch.randperm(len(self.pairs), generator=g).tolist():
+            by_size.setdefault(tuple(self.pairs.winner[row].shape), []).append(row)
+        size = self.learn.train_batch_size
+        full = [(part * size)[:size] for rows in by_size.values() for part in batched(rows, size)]
+        return [full[i] for i in torch.randperm(len(full), generator=g).tolist()] if len(by_size) > 1 else full
+
+    def _batch(self, number: int) -> Batch:
+        epoch, index = divmod(number, len(self.batches))
+        if epoch != self.epoch:
+            self.epoch, self.batches = epoch, self._epoch(epoch)
+        p, rows = self.pairs, self.batches[index]
+        generators = [seeds.generator(*self.key, "draw", number, i) for i in range(len(rows))]
         low, high = self.learn.min_timestep, self.learn.max_timestep
         t = torch.stack([torch.randint(low, high, (), generator=g) for g in generators])
         dropped = torch.stack([torch.rand((), generator=g) < self.learn.caption_dropout for g in generators])
-        noise = torch.stack([torch.randn(p.winner.shape[1:], generator=g) for g in generators])
+        winner = torch.stack([p.winner[r] for r in rows])
+        noise = torch.stack([torch.randn(winner.shape[1:], generator=g) for g in generators])
         text = torch.where(dropped.view(-1, 1, 1), p.empty, p.states[p.text[rows]])
-        loser = p.loser[rows] if p.loser is not None and self.learn.loss == "dpo" else None
-        return Batch(p.winner[rows], loser, text, noise, t, [p.names[r] for r in rows])
-
-    def _row(self, position: int) -> int:
-        """Every example once an epoch, in an order of its own."""
-        epoch, i = divmod(position, len(self.pairs))
-        if epoch not in self.orders:
-            self.orders = {epoch: torch.randperm(len(self.pairs), generator=seeds.generator(*self.key, "order", epoch)), **dict(list(self.orders.items())[:1])}
-        return int(self.orders[epoch][i])
+        loser = torch.stack([p.loser[r] for r in rows]) if p.loser is not None and self.learn.loss == "dpo" else None
+        return Batch(winner, loser, text, noise, t, [p.names[r] for r in rows])
 
 
 def compute_loss(errors: Errors, t: Tensor, learn: Learn, alphas: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -171,7 +180,9 @@ def train_stage(
         RuntimeError: the loss is not finite; names the groups, nothing was updated.
     """
     unet = pipeline.unet
-    parameters = add_lora(unet, POLICY, rank=learn.rank, alpha=learn.lora_alpha, blocks=learn.blocks, seed=seeds.seed_of(seed, stage, "lora") % 2**31)
+    parameters = add_lora(
+        unet, POLICY, rank=learn.rank, alpha=learn.lora_alpha, blocks=learn.blocks, seed=seeds.seed_of(seed, stage, "lora") % 2**31
+    )
     if start is not None:
         load_adapter_state(unet, POLICY, start)
     reference: Callable[[], AbstractContextManager[None]] = lambda: adapter_off(unet)  # noqa: E731
@@ -211,7 +222,9 @@ def train_stage(
 
     def save(step: int) -> None:
         if main:
-            checkpoint.save(folder, step, {"adapter": adapter_state(unet, POLICY)}, optimisation, {"stage": stage}, keep=learn.checkpoints_total_limit)
+            checkpoint.save(
+                folder, step, {"adapter": adapter_state(unet, POLICY)}, optimisation, {"stage": stage}, keep=learn.checkpoints_total_limit
+            )
 
     every: list[tuple[int, Callable[[int, Metrics], None]]] = [(1, record), (learn.checkpointing_steps, lambda step, _: save(step))]
     if samples is not None and main:

@@ -1,0 +1,133 @@
+"""The command line: one subcommand a step. Parse, call, exit code.
+
+Exit codes: 0 done, 2 unusable input (one line says what), 130 stopped by ctrl-C or SIGTERM after saving.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+COMMANDS: dict[str, str] = {
+    "run": "all steps of a recipe; finished ones are skipped",
+    "pool": "images of the training prompts to choose from",
+    "reconstruct": "real images noised and denoised (SDRecon)",
+    "score": "score pool and reconstructions",
+    "examples": "choose winners and losers (--stage)",
+    "train": "train a stage (--stage)",
+    "generate": "images of the evaluation prompts from base and stages",
+    "evaluate": "measure and compare; metrics.json",
+    "report": "report.html and the table",
+    "figures": "the embedded world: make",
+    "env": "versions, for bug reports",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="limner", description="Makes text-to-image models draw people right.")
+    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        c = commands.add_parser(
+            name, help=text, description=text, epilog="Any value of the recipe can be set: --stages.easy.learn.beta 500"
+        )
+        if name == "env":
+            continue
+        if name == "figures":
+            c.add_argument("action", choices=["make"])
+        c.add_argument("recipe", nargs="?", help="a YAML file")
+        c.add_argument("--config", help="the same")
+        c.add_argument("--print_config", action="store_true", help="print every value and stop")
+        c.add_argument("--dry_run", action="store_true", help="check inputs, estimate calls, time, memory and disk, and stop")
+        if name in ("examples", "train"):
+            c.add_argument("--stage", help="which stage (default: all)")
+        if name in ("pool", "reconstruct", "score"):
+            c.add_argument("--shard", default="0/1", help="i/n: this process takes every n-th shard from the i-th")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    args, overrides = parser().parse_known_args(argv)
+    try:
+        return dispatch(args, overrides)
+    except (ValueError, RuntimeError) as error:
+        print(f"limner {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def dispatch(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from limner.config import dump, load_recipe
+    from limner.engine import parse_part
+
+    if args.command == "env":
+        return print_environment()
+    path = args.recipe or args.config
+    if args.recipe and args.recipe.startswith("--"):
+        overrides = [args.recipe, *overrides]
+        path = args.config
+    if not path:
+        raise ValueError("which recipe? e.g. limner run recipes/figures/demo.yaml")
+    if args.command == "figures":
+        from limner.figures.world import make_world
+
+        return make_world(Path(path), overrides, print_config=args.print_config)
+    recipe = load_recipe(path, overrides)
+    if args.print_config:
+        print(dump(recipe))
+        return 0
+
+    from limner.steps import Run, stage_of
+
+    quiet_libraries()
+
+    run = Run(recipe, part=parse_part(getattr(args, "shard", "0/1")))
+    if args.dry_run:
+        from limner.estimate import dry_run
+
+        return dry_run(run)
+    if getattr(args, "stage", None):
+        stage_of(recipe, args.stage)
+    stages = [args.stage] if getattr(args, "stage", None) else list(recipe.stages)
+    actions: dict[str, Callable[[], object]] = {
+        "run": run.run, "pool": run.pool, "reconstruct": run.reconstruct, "score": run.score, "generate": run.generate,
+        "evaluate": run.evaluate, "report": run.report,
+    }  # fmt: skip
+    if args.command in ("examples", "train"):
+        for stage in stages:
+            getattr(run, args.command)(stage)
+    else:
+        actions[args.command]()
+    return 0
+
+
+def quiet_libraries() -> None:
+    """Only our own progress bars: loading a pipeline would draw three of its own."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for module in (diffusers.utils.logging, transformers.utils.logging):
+        module.disable_progress_bar()
+        module.set_verbosity_error()
+
+
+def print_environment() -> int:
+    """Versions and devices, for bug reports."""
+    import platform
+
+    import torch
+
+    from limner.store import versions
+
+    print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    for name, version in versions().items():
+        print(f"{name} {version}")
+    print(f"threads {torch.get_num_threads()}, cuda {torch.cuda.is_available()}, devices {torch.cuda.device_count()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""Numbers become examples: sources, picks and filters of a curriculum's stages (HG-DPO, arXiv 2405.20216, eq. 3, 7-9)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+
+from limner.config import Source, Stage
+from limner.engine import Progress, run_shards
+from limner.records import Example, Image, Prompt, Score, to_table
+from limner.store import input_hash, open_step, read_rows, read_table, shards
+
+
+@dataclass
+class Candidates:
+    """What a stage can choose from, in memory for one curriculum: prompts, images by source and prompt, scores and kept latents by image id.
+
+    images: {"pool" or "reconstruction": {prompt id: images}}; scores: {(scorer, image id): score}; stages: examples of
+    earlier stages, {stage: {(group, role): example}}.
+    """
+
+    prompts: dict[str, Prompt]
+    images: dict[str, dict[str, list[Image]]]
+    scores: dict[tuple[str, str], float]
+    latents: dict[str, tuple[bytes, tuple[int, ...]]] = field(default_factory=dict)
+    stages: dict[str, dict[tuple[str, str], Example]] = field(default_factory=dict)
+
+
+def load_candidates(prompts: Path, sources: Mapping[str, Path], scores: Sequence[Path], stages: Mapping[str, Path]) -> Candidates:
+    """Read the folders that stages choose from; `stages` are the example folders of earlier ones."""
+    known = {p.id: p for p in read_rows(prompts, Prompt)}
+    images: dict[str, dict[str, list[Image]]] = {}
+    latents: dict[str, tuple[bytes, tuple[int, ...]]] = {}
+    for name, folder in sources.items():
+        groups = images.setdefault(name, {})
+        for image in read_rows(folder, Image):
+            groups.setdefault(image.prompt_id, []).append(image)
+        for path in shards(folder, "latents"):
+            table = read_table(path)
+            latents |= {r["image_id"]: (r["latents"], tuple(r["shape"])) for r in table.to_pylist()}
+    numbers = {(s.scorer, s.image_id): s.score for folder in scores for s in read_rows(folder, Score) if s.score is not None}
+    earlier = {name: {(e.group, e.role): e for e in read_rows(folder, Example)} for name, folder in stages.items()}
+    return Candidates(known, images, numbers, latents, earlier)
+
+
+def pick(source: Source, prompt_id: str, candidates: Candidates, role: str) -> Example | str:
+    """The image that takes `role` for a prompt, as an example; or the reason why there is none.
+
+    Ties go to the earlier image. Reconstructions are chosen among the source's timesteps.
+    """
+    c, prompt = candidates, candidates.prompts[prompt_id]
+    new = partial(Example, group=prompt_id, role=role, text=prompt.text)
+    if source.source in c.stages:
+        found = c.stages[source.source].get((prompt_id, source.role))
+        return (
+            replace(found, group=prompt_id, role=role, text=prompt.text, source=source.source)
+            if found
+            else f"no example of stage {source.source}"
+        )
+    if source.source == "real":
+        if prompt.image is None:
+            return "no real image"
+        return new(image_id=f"{prompt_id}/real", image=prompt.image, source="real")
+    images = c.images.get(source.source, {}).get(prompt_id, [])
+    if source.source == "reconstruction":
+        images = [i for i in images if i.timestep in source.t]
+    if not images:
+        return f"no image from {source.source}"
+    if not source.by:
+        image, score = images[0], None
+    else:
+        scored = [(c.scores[source.by, i.id], n) for n, i in enumerate(images) if (source.by, i.id) in c.scores]
+        if not scored:
+            return f"no score by {source.by}"
+        sign = 1 if source.pick == "best" else -1
+        score, n = max(scored, key=lambda s: (sign * s[0], -s[1]))
+        image = images[n]
+    data, shape = c.latents.get(image.id, (None, ()))
+    return new(image_id=image.id, image=image.image, latents=data, shape=shape, score=score, source=source.source)
+
+
+def build_stage(stage: Stage, candidates: Candidates, prompt_ids: Sequence[str]) -> tuple[list[Example], Counter[str]]:
+    """Examples of a stage for the prompts, and how many groups were kept or dropped and why.
+
+    A pair is dropped when a role has no image, when both roles are the same image, when the scores tie in an easy pair, or by
+    the stage's `keep` rule: `winner_not_worse` keeps a pair whose winner scores at least as high as its loser (eq. 8).
+    """
+    counts: Counter[str] = Counter()
+    examples: list[Example] = []
+    by = next((s.by for s in (stage.winner, stage.loser) if s is not None and s.by), "")
+    for prompt_id in prompt_ids:
+        winner = pick(stage.winner, prompt_id, candidates, "winner" if stage.loser else "target")
+        loser = pick(stage.loser, prompt_id, candidates, "loser") if stage.loser else None
+        reason = _refusal(stage, winner, loser, candidates, by)
+        counts[reason or "kept"] += 1
+        if not reason:
+            examples += [e for e in (winner, loser) if isinstance(e, Example)]
+    return examples, counts
+
+
+def _refusal(stage: Stage, winner: Example | str, loser: Example | str | None, candidates: Candidates, by: str) -> str:
+    """Why a pair is dropped, or "" to keep it."""
+    for role, found in (("winner", winner), ("loser", loser)):
+        if isinstance(found, str):
+            return f"{role}: {found}"
+    if not isinstance(winner, Example) or not isinstance(loser, Example):
+        return ""
+    if winner.image_id == loser.image_id:
+        return "winner and loser are the same image"
+    if winner.source == loser.source and winner.score is not None and winner.score == loser.score:
+        return "winner and loser score the same"
+    if stage.keep == "winner_not_worse":
+        a, b = (candidates.scores.get((by, e.image_id)) for e in (winner, loser))
+        if a is None or b is None:
+            return f"no score by {by}"
+        if a < b:
+            return "winner scores below loser"
+    return ""
+
+
+def make_examples(
+    name: str, stage: Stage, folder: Path, *, prompts: Path, sources: Mapping[str, Path], scores: Sequence[Path], stages: Mapping[str, Path]
+) -> Counter[str]:
+    """Write the examples of a stage; the manifest's counts say what was dropped and why.
+
+    Raises:
+        ValueError: nothing was kept; the message lists the reasons.
+    """
+    inputs = {k: input_hash(v) for k, v in {"prompts": prompts, **sources, **{f"stage {k}": v for k, v in stages.items()}}.items()}
+    inputs |= {f"scores {p.name}": input_hash(p) for p in scores}
+    rule = {"winner": asdict(stage.winner), "loser": asdict(stage.loser) if stage.loser else None, "keep": stage.keep}
+    step = open_step(folder, "examples", rule, inputs)
+    counts: Counter[str] = Counter()
+
+    def work(_: int, task: Path, progress: Progress) -> dict[str, pa.Table]:
+        candidates = load_candidates(task, sources, scores, stages)
+        ids = [p for p in candidates.prompts if not sources or any(p in groups for groups in candidates.images.values())]
+        examples, found = build_stage(stage, candidates, ids)
+        counts.update(found)
+        progress(1)
+        return {"part": to_table(Example, examples)}
+
+    if run_shards(step, [prompts], work, name=f"examples {name}") and counts:
+        if not counts["kept"]:
+            raise ValueError(f"stage {name}: no example is left; dropped: {', '.join(f'{k} ({v})' for k, v in counts.items())}")
+        step.finish(dict(counts))
+    return counts
+
+
+def selectable(stages: Mapping[str, Stage]) -> list[tuple[str, str]]:
+    """(pick, scorer) of every stage that chooses from the pool: only their latents need keeping."""
+    found = [(s.pick, s.by) for stage in stages.values() for s in (stage.winner, stage.loser) if s is not None and s.source == "pool"]
+    return list(dict.fromkeys(found))

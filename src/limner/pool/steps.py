@@ -1,0 +1,164 @@
+"""The folder-to-folder steps that make images: prompts, pool (and generate, which is a pool of an adapted model), reconstruct."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from limner import seeds
+from limner.config import Data, Sampler
+from limner.engine import Progress, run_shards
+from limner.images import bucket_sizes, choose_bucket, decode, encode_png, fit_to, image_size, to_tensor
+from limner.models.stable_diffusion import Pipeline
+from limner.pool import sample
+from limner.records import Image, Prompt, to_table
+from limner.store import input_hash, open_step, read_rows
+
+Select = Callable[[list[Image]], set[str]]
+LATENTS = pa.schema([("image_id", pa.string()), ("latents", pa.binary()), ("shape", pa.list_(pa.int64()))])
+
+
+def write_prompts(prompts: Sequence[Prompt], data: Data, folder: Path, seed: int, source: str, per_shard: int = 256) -> None:
+    """Materialise a split: captions, and real images cut once to the training size (so that nothing later crops).
+
+    Raises:
+        ValueError: an image cannot be read; names its prompt.
+    """
+    config = {
+        "source": source,
+        "resolution": data.resolution,
+        "crop": data.crop,
+        "aspect_buckets": data.aspect_buckets,
+        "seed": seed,
+        "rows": len(prompts),
+    }
+    step = open_step(folder, "prompts", config, {"texts": f"{seeds.seed_of(*[p.text for p in prompts]):016x}"})
+    buckets = bucket_sizes(data.resolution, data.aspect_buckets)
+
+    def cut(prompt: Prompt) -> Prompt:
+        if prompt.image is None:
+            return prompt
+        picture = decode(prompt.image, f"{source}: image of {prompt.id}")
+        width, height = choose_bucket(picture.size, buckets)
+        if picture.size == (width, height) and prompt.image.startswith(b"\x89PNG"):
+            return prompt
+        rng = np.random.default_rng(seeds.seed_of(seed, "crop", prompt.id))
+        try:
+            fitted = fit_to(picture, width, height, data.crop, rng)
+        except ValueError as error:
+            raise ValueError(f"{source}: image of {prompt.id}: {error}") from error
+        return Prompt(id=prompt.id, text=prompt.text, split=prompt.split, image=encode_png(to_tensor(fitted)), truth=prompt.truth)
+
+    def work(_: int, part: Sequence[Prompt], progress: Progress) -> dict[str, pa.Table]:
+        rows = []
+        for prompt in part:
+            rows.append(cut(prompt))
+            progress(1)
+        return {"part": to_table(Prompt, rows)}
+
+    tasks = [prompts[i : i + per_shard] for i in range(0, len(prompts), per_shard)]
+    if run_shards(step, tasks, work, units=len, name=f"prompts {folder.name}"):
+        step.finish({"prompts": len(prompts), "with_image": sum(p.image is not None for p in prompts)})
+
+
+def make_pool(
+    pipeline: Pipeline,
+    prompts_folder: Path,
+    folder: Path,
+    *,
+    kind: str,
+    sampler: Sampler,
+    images_per_prompt: int,
+    resolution: int,
+    seed: int,
+    prompts_per_shard: int = 32,
+    limit: int = 0,
+    select: Select | None = None,
+    keep_all_latents: bool = False,
+    model: str = "",
+    part: tuple[int, int] = (0, 1),
+) -> None:
+    """Make `images_per_prompt` images of every prompt (of the first `limit`).
+
+    Args:
+        kind: pool or generate.
+        select: image rows of a shard to the ids whose latents are kept (those that a stage may pick).
+        model: identity of the weights; by default the pipeline's.
+        part: (i, n) of `--shard i/n`.
+    """
+    prompts = [Prompt(id=p.id, text=p.text, split=p.split, image=p.image) for p in read_rows(prompts_folder, Prompt)]
+    prompts = prompts[: limit or None]
+    config = {
+        "sampler": asdict(sampler), "images_per_prompt": images_per_prompt, "resolution": resolution, "seed": seed, "model": model or pipeline.hash,
+        "prompts_per_shard": prompts_per_shard, "prompts": len(prompts), "latents": "all" if keep_all_latents else "selected" if select else "none",
+        "dtype": str(pipeline.dtype), "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    step = open_step(folder, kind, config, {"prompts": input_hash(prompts_folder)})
+
+    def work(_: int, chosen: Sequence[Prompt], progress: Progress) -> dict[str, pa.Table]:
+        sizes = [image_size(p.image) if p.image else (resolution, resolution) for p in chosen]
+        requests = [sample.Request(p, k, w, h) for p, (w, h) in zip(chosen, sizes) for k in range(images_per_prompt)]
+        made = sample.sample(pipeline, requests, sampler, seed, progress)
+        rows = sample.rows(requests, made, sampler, seed, model or pipeline.hash)
+        keep = {r.id for r in rows} if keep_all_latents else select(rows) if select else set()
+        tables = {"part": to_table(Image, rows)}
+        if keep:
+            tables["latents"] = latents_table([(r.id, z) for r, (_, z) in zip(rows, made) if r.id in keep])
+        return tables
+
+    tasks = [prompts[i : i + prompts_per_shard] for i in range(0, len(prompts), prompts_per_shard)]
+    if run_shards(step, tasks, work, units=lambda p: len(p) * images_per_prompt, name=folder.name, part=part):
+        step.finish({"images": len(prompts) * images_per_prompt, "prompts": len(prompts)})
+
+
+def make_reconstructions(
+    pipeline: Pipeline, prompts_folder: Path, folder: Path, *, timesteps: Sequence[int], sampler: Sampler, seed: int, prompts_per_shard: int = 32,
+    limit: int = 0, part: tuple[int, int] = (0, 1),
+) -> None:  # fmt: skip
+    """SDRecon of every prompt's real image at each timestep; latents are kept (there are few).
+
+    Raises:
+        ValueError: a prompt has no real image, or a timestep lies outside the schedule.
+    """
+    prompts = list(read_rows(prompts_folder, Prompt))[: limit or None]
+    for p in prompts:
+        if p.image is None:
+            raise ValueError(f"reconstruct: prompt {p.id} has no real image; give data.train a source with images")
+    config = {
+        "sampler": asdict(sampler), "timesteps": sorted(timesteps), "seed": seed, "model": pipeline.hash, "prompts": len(prompts),
+        "prompts_per_shard": prompts_per_shard, "dtype": str(pipeline.dtype), "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    step = open_step(folder, "reconstruct", config, {"prompts": input_hash(prompts_folder)})
+
+    def work(_: int, chosen: Sequence[Prompt], progress: Progress) -> dict[str, pa.Table]:
+        rows: list[Image] = []
+        latents: list[tuple[str, Tensor]] = []
+        by_size: dict[tuple[int, int], list[Prompt]] = {}
+        for p in chosen:
+            by_size.setdefault(image_size(p.image or b""), []).append(p)
+        for t in sorted(timesteps):
+            for (width, height), same in by_size.items():
+                real = torch.stack([to_tensor(decode(p.image or b"", p.id)) for p in same])
+                made = sample.reconstruct(pipeline, same, real, t, sampler, seed, progress)
+                requests = [sample.Request(p, 0, width, height) for p in same]
+                new = sample.rows(requests, made, sampler, seed, pipeline.hash, t)
+                rows += new
+                latents += [(r.id, z) for r, (_, z) in zip(new, made)]
+        return {"part": to_table(Image, rows), "latents": latents_table(latents)}
+
+    tasks = [prompts[i : i + prompts_per_shard] for i in range(0, len(prompts), prompts_per_shard)]
+    if run_shards(step, tasks, work, units=lambda p: len(p) * len(timesteps), name=folder.name, part=part):
+        step.finish({"images": len(prompts) * len(timesteps), "timesteps": sorted(timesteps)})
+
+
+def latents_table(latents: Sequence[tuple[str, Tensor]]) -> pa.Table:
+    """(image id, latents (C, h, w)) pairs as a table of `LATENTS`."""
+    rows: list[dict[str, Any]] = [{"image_id": i, "latents": z.contiguous().numpy().tobytes(), "shape": list(z.shape)} for i, z in latents]
+    return pa.Table.from_pylist(rows, schema=LATENTS)
