@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
 from PIL import Image
-from tiny import save_tiny, tiny_tokenizer
 from transformers import CLIPConfig, CLIPModel
+
+from tiny import save_tiny, tiny_tokenizer
 
 CAPTIONS = ["a man in red", "a woman in blue", "a man running", "a woman waving", "two people", "a man in green"]
 
@@ -81,3 +84,10 @@ def write_recipe(folder: Path, **changes: object) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return path
+
+
+def run_main(*commands: Sequence[str]) -> None:
+    """Command lines in turn, as a process runs them: ends with the first exit code that is not 0, or 0."""
+    from limner.cli import main
+
+    sys.exit(next((code for words in commands if (code := main(words))), 0))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 from chain import write_recipe
-
 from limner.cli import main
 from limner.records import Example, Image
 from limner.store import read_manifest, read_rows

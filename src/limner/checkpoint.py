@@ -28,17 +28,24 @@ def save(folder: Path, step: int, weights: Mapping[str, Weights], optimizer: Any
         weights: named groups of tensors, e.g. {"adapter": ..., "ema": ...}.
         optimizer: anything with `state_dict()`, or a dict of such state; tensors and numbers only.
         state: JSON values; `step` is added.
+
+    Raises:
+        ValueError: the disk is full or the folder cannot be written; nothing half-written is left.
     """
     final, partial = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, tensors in weights.items():
-        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial / f"{name}.safetensors")
-    torch.save(optimizer.state_dict() if hasattr(optimizer, "state_dict") else optimizer, partial / "optimizer.pt")
-    (partial / "state.json").write_text(json.dumps({**state, "step": step}, indent=1))
-    for file in partial.iterdir():
-        with file.open("rb") as f:
-            os.fsync(f.fileno())
+    try:
+        partial.mkdir(parents=True)
+        for name, tensors in weights.items():
+            save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial / f"{name}.safetensors")
+        torch.save(optimizer.state_dict() if hasattr(optimizer, "state_dict") else optimizer, partial / "optimizer.pt")
+        (partial / "state.json").write_text(json.dumps({**state, "step": step}, indent=1))
+        for file in partial.iterdir():
+            with file.open("rb") as f:
+                os.fsync(f.fileno())
+    except Exception as error:  # a full disk: safetensors, torch and the system each raise their own kind
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ValueError(f"checkpoint {final} cannot be written ({error}); the one before is kept, run the same command again") from error
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     for old in steps(folder)[:-keep]:
@@ -67,6 +74,6 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], Any, dict[str, Any]]
         weights = {f.stem: load_file(f) for f in sorted(path.glob("*.safetensors"))}
         optimizer = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu")
         state = json.loads((path / "state.json").read_text())
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
+    except Exception as error:  # safetensors, pickle and json each raise their own kind
         raise ValueError(f"checkpoint {path} cannot be read ({error}); remove it to go on from the one before") from error
     return weights, optimizer, state

@@ -47,12 +47,32 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+OPTIONS = ("--help", "--config", "--print_config", "--dry_run", "--stage", "--shard")
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words of the command line, and those that set a value of the recipe: argparse would take an unknown option's value for the recipe."""
+    own: list[str] = []
+    overrides: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word.partition("=")[0] in OPTIONS:
+            own.append(word)
+            continue
+        overrides.append(word)
+        if "=" not in word and words and not words[0].startswith("--"):
+            overrides.append(words.pop(0))
+    return own, overrides
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    args, overrides = parser().parse_known_args(argv)
+    own, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(own)
     try:
         return dispatch(args, overrides)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"limner {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -66,9 +86,6 @@ def dispatch(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     if args.command == "env":
         return print_environment()
     path = args.recipe or args.config
-    if args.recipe and args.recipe.startswith("--"):
-        overrides = [args.recipe, *overrides]
-        path = args.config
     if not path:
         raise ValueError("which recipe? e.g. limner run recipes/figures/demo.yaml")
     if args.command == "figures":

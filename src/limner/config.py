@@ -42,8 +42,8 @@ class Data:
     """Prompts and real images, by split.
 
     Args:
-        train: captions (and, for reconstruction, their real images): .txt, .csv, .tsv, .jsonl, .parquet, an image folder with metadata.jsonl,
-            a WebDataset .tar, or `figures`.
+        train: captions (and, for reconstruction, their real images): .txt, .csv, .tsv, .jsonl, .parquet, an image folder with
+            metadata.jsonl, a WebDataset .tar, or `figures`.
         validation: the same; what choices are made on.
         test: the same; read by `evaluate` only.
         max_train_prompts: use the first so many (0 = all).
@@ -149,9 +149,23 @@ class Learn:
         lora_alpha: 0 = rank.
         adapter: continue trains the LoRA of the starting stage on; stack merges it and trains a new one.
         blocks: which UNet blocks get the LoRA: all, up, down, mid.
+        learning_rate: of AdamW, the largest of the schedule.
+        lr_scheduler: constant, or cosine to zero at the last step.
+        lr_warmup_steps: steps over which the rate rises to learning_rate.
+        adam_beta1: decay of AdamW's first moment.
+        adam_beta2: decay of its second moment.
+        adam_weight_decay: decoupled decay of the adapter's weights.
+        use_8bit_adam: optimiser state in 8 bits (needs bitsandbytes).
+        max_grad_norm: gradients are clipped to this norm; 0 = not.
+        max_train_steps: optimiser steps.
+        train_batch_size: pairs a micro-batch and process.
+        gradient_accumulation_steps: micro-batches a step.
+        gradient_checkpointing: less memory, about a third more time, the same gradients.
+        caption_dropout: share of captions replaced by the empty text (for guidance).
         min_timestep: smallest noise level drawn.
         max_timestep: largest, not included.
-        checkpointing_steps: how often the state is saved.
+        checkpointing_steps: how often the state is saved; it always is after the last step.
+        checkpoints_total_limit: how many are kept.
         sample_steps: how often a grid of samples is drawn (0 = never).
     """
 
@@ -192,7 +206,10 @@ class Stage:
 
     Args:
         start: the stage whose weights to start from ("" = the base model).
+        winner: where the better image comes from (for loss sft: the only one).
+        loser: where the worse one comes from; none for loss sft.
         keep: winner_not_worse drops pairs whose winner scores below the loser (HG-DPO eq. 8).
+        learn: loss, strength, optimiser, adapter.
     """
 
     start: str = ""
@@ -210,6 +227,7 @@ class Generate:
         lora_scale: strength of the adapter (HG-DPO: 0.5).
         blocks: where the adapter acts: all, up, down, mid (HG-DPO: up for the hard stage).
         stage_blocks: the same for single stages, e.g. {hard: [up]}.
+        stage_lora_scale: lora_scale of single stages, e.g. {hard: 0.5}.
     """
 
     lora_scale: float = 1.0
@@ -246,8 +264,17 @@ class Recipe:
     """A whole run.
 
     Args:
+        name: of the run, for reports.
         output_dir: every step writes a folder below it.
         seed: all randomness follows from it.
+        model: the pipeline to improve.
+        data: prompts and real images.
+        sampler: how images are made.
+        pool: how many images to choose from.
+        scorers: by the name that stages and evaluation use.
+        stages: the curriculum, in order.
+        generate: how finished stages are used.
+        evaluate: what is measured.
     """
 
     name: str = ""
@@ -278,7 +305,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(f"no recipe {path}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
-    recipe = build(Recipe, values, [o.replace(".from", ".source") for o in overrides], str(path))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; expected keys and values, such as `output_dir: runs/mine`")
+    recipe = build(Recipe, values, overrides, str(path))
     check(recipe)
     return recipe
 
@@ -289,13 +318,14 @@ def build(kind: type[T], values: dict[str, Any], overrides: Sequence[str] = (), 
     Raises:
         ValueError: an unknown key or a value of the wrong type; the message has `where` and the dotted path.
     """
-    from jsonargparse import (
-        ArgumentError,  # type: ignore[attr-defined]
-        ArgumentParser,
-    )
+    from jsonargparse import ArgumentError, ArgumentParser
 
     values = _rename(values)
     _refuse_unknown(kind, values, where)
+    overrides = [_rename_option(o) for o in overrides]
+    for key, text in _options(overrides):
+        _refuse_unknown(kind, _nested(key, text), "command line")
+        _refuse_new_stage(key, values)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, None)
     try:
@@ -314,6 +344,44 @@ def _rename(values: Any) -> Any:
     return values
 
 
+def _rename_option(word: str) -> str:
+    """The same for an option's name."""
+    name, equals, value = word.partition("=")
+    return ".".join("source" if part == "from" else part for part in name.split(".")) + equals + value if word.startswith("--") else word
+
+
+def _options(overrides: Sequence[str]) -> list[tuple[str, str]]:
+    """Dotted names and texts of `--name text` and `--name=text`."""
+    found: list[tuple[str, str]] = []
+    for word in overrides:
+        if word.startswith("--"):
+            name, _, value = word[2:].partition("=")
+            found.append((name, value))
+        elif found:
+            found[-1] = (found[-1][0], word)
+    return found
+
+
+def _nested(key: str, text: str) -> Any:
+    """`a.b` and a text as {a: {b: value}}; of texts only those that hold keys of their own are read."""
+    try:
+        value = yaml.safe_load(text) if text.lstrip().startswith("{") else None
+    except yaml.YAMLError:
+        value = None
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _refuse_new_stage(key: str, values: dict[str, Any]) -> None:
+    """A mistyped stage would become a new one."""
+    parts, stages = key.split("."), values.get("stages")
+    if parts[0] == "stages" and len(parts) > 1 and isinstance(stages, dict) and parts[1] not in stages:
+        near = difflib.get_close_matches(parts[1], stages, 1)
+        hint = f"did you mean stages.{near[0]}?" if near else f"the recipe has {', '.join(stages) or 'no stages'}"
+        raise ValueError(f"command line: no stage {parts[1]} in --{key}; {hint}")
+
+
 def _refuse_unknown(kind: Any, values: Any, where: str, path: str = "") -> None:
     args = [a for a in typing.get_args(kind) if a is not type(None)]
     if typing.get_origin(kind) is dict and isinstance(values, dict):
@@ -326,8 +394,9 @@ def _refuse_unknown(kind: Any, values: Any, where: str, path: str = "") -> None:
         known = [f.name for f in fields(kind)]
         for key, value in values.items():
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, 1)
-                hint = f"did you mean {path}{near[0]}?" if near else f"known: {', '.join(known)}"
+                written = ["from" if name == "source" else name for name in known]
+                near = difflib.get_close_matches(str(key), written, 1)
+                hint = f"did you mean {path}{near[0]}?" if near else f"known: {', '.join(written)}"
                 raise ValueError(f"{where}: unknown key {path}{key}; {hint}")
             _refuse_unknown(hints[key], value, where, f"{path}{key}.")
 
@@ -347,6 +416,7 @@ def check(recipe: Recipe) -> None:
         at = f"stages.{name}"
         if stage.start and stage.start not in earlier:
             raise ValueError(f"{at}.start: {stage.start!r} is not an earlier stage ({', '.join(earlier) or 'there is none'})")
+        _check_learn(f"{at}.learn", stage, recipe)
         if stage.learn.loss == "dpo" and stage.loser is None:
             raise ValueError(f"{at}.loser: not set; loss dpo compares a winner with a loser")
         if stage.learn.reference == "start" and not stage.start:
@@ -360,6 +430,18 @@ def check(recipe: Recipe) -> None:
     for key in ("preference", "judge", "reader"):
         if (scorer := getattr(recipe.evaluate, key)) and scorer not in recipe.scorers:
             raise ValueError(f"evaluate.{key}: no scorer {scorer!r} under scorers ({', '.join(recipe.scorers) or 'none'})")
+
+
+def _check_learn(at: str, stage: Stage, recipe: Recipe) -> None:
+    learn = stage.learn
+    if not 0 <= learn.min_timestep < learn.max_timestep <= 1000:
+        raise ValueError(f"{at}.min_timestep, max_timestep: {learn.min_timestep}, {learn.max_timestep} lie outside the schedule 0..1000")
+    if learn.adapter == "stack":
+        raise ValueError(f"{at}.adapter: stack is not there yet; use continue")
+    for key in ("rank", "lora_alpha", "blocks") if stage.start else ():
+        mine, before = getattr(learn, key), getattr(recipe.stages[stage.start].learn, key)
+        if mine != before:
+            raise ValueError(f"{at}.{key}: {mine}, but stage {stage.start} has {before}; adapter continue trains the same LoRA on")
 
 
 def _check_source(at: str, source: Source, recipe: Recipe, earlier: list[str]) -> None:

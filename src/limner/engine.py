@@ -54,11 +54,13 @@ def run_shards(
 
         began = time.monotonic()
         for i in todo:
+            progress(0)  # a signal may have come while the last shard was written
             tables = work(i, tasks[i], progress)
             for table_name in sorted(tables, key=lambda n: n == "part"):  # the main table last: it marks the shard as finished
                 step.write(i, tables[table_name], table_name)
         if todo:
             bar.set_postfix_str(f"{time.monotonic() - began:.0f}s")
+        progress(0)
     return all(step.has(i) for i in range(len(tasks)))
 
 

@@ -127,7 +127,7 @@ def fit(
             if not math.isfinite(norm):
                 raise RuntimeError(f"{name}: the gradient of step {step} is not finite; nothing was updated. {_describe(micro[-1])}")
             o.optimizer.step()
-            total |= {"grad_norm": norm, "lr": o.scheduler.get_last_lr()[0], "seconds": time.perf_counter() - began}
+            total |= {"grad_norm": norm, "lr": float(o.scheduler.get_last_lr()[0]), "seconds": time.perf_counter() - began}
             o.scheduler.step()
             done = step + 1
             bar.update()

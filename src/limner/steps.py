@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limner.config import Recipe, Stage, dump
-from limner.store import input_hash, is_complete, write_atomic
+from limner.store import input_hash, is_complete, open_step, read_manifest, write_atomic
 
 if TYPE_CHECKING:
     from limner.models.stable_diffusion import Pipeline
@@ -42,7 +42,8 @@ class Run:
     @property
     def pipeline(self) -> Pipeline:
         """The base model, loaded on first use."""
-        if self._pipeline is None:
+        if self._pipeline is None or self._pipeline.released:
+            self._pipeline = None  # so that there are never two
             self._pipeline = load_model(self.recipe)
         return self._pipeline
 
@@ -85,14 +86,25 @@ class Run:
 
         data = self.recipe.data
         for split in splits:
-            source, limit = getattr(data, split), getattr(data, f"max_{split}_prompts")
-            if not source or is_complete(self.out / "prompts" / split):
+            source, limit, folder = getattr(data, split), getattr(data, f"max_{split}_prompts"), self.out / "prompts" / split
+            if not source or self._has_prompts(folder, source, limit):
                 continue
             found = read_prompts(
                 resolve(source, split), split, caption_column=data.caption_column, image_column=data.image_column, limit=limit,
                 need_images=split == "train" and (self.uses("reconstruction") or self.uses("real")),
             )  # fmt: skip
-            write_prompts(found, data, self.out / "prompts" / split, self.recipe.seed, source)
+            write_prompts(found, data, folder, self.recipe.seed, source, limit)
+
+    def _has_prompts(self, folder: Path, source: str, limit: int) -> bool:
+        """Whether a split lies there already, found without reading the source again. Another configuration is an error."""
+        from limner.pool.steps import prompts_config
+
+        if not is_complete(folder):
+            return False
+        found = read_manifest(folder)
+        config = {**prompts_config(self.recipe.data, source, self.recipe.seed), "rows": found["config"]["rows"]}
+        open_step(folder, "prompts", config, found["inputs"])
+        return bool(found["counts"].get("limit", limit) == limit)
 
     def pool(self) -> None:
         """Images of the training prompts to choose from."""
@@ -162,8 +174,6 @@ class Run:
         from limner.examples.curriculum import make_examples
 
         stage, folder = self.recipe.stages[name], self.out / "examples" / name
-        if is_complete(folder):
-            return
         earlier = {r.source for r in (stage.winner, stage.loser) if r and r.source in self.recipe.stages}
         scores = [p for s in self._sources() if is_complete(p := self.out / "scores" / s)]
         counts = make_examples(
@@ -198,6 +208,10 @@ class Run:
             print("  beta " + "; ".join(f"{v:g} per {k}" for k, v in betas.items()))
         write_atomic(folder / "identity.json", json.dumps(identity, indent=1, sort_keys=True))
         samples = self._sampler_grid(pipeline, folder / "samples") if learn.sample_steps else None
+        if samples is None:  # pairs are prepared: from here on only the UNet is needed
+            pipeline.release()
+        else:
+            pipeline.move_encoders("cpu")
         train_stage(pipeline, pairs, learn, folder, stage=name, seed=self.recipe.seed, start=start, samples=samples)
         lora.save_lora(
             folder / "adapter", pipeline.unet, POLICY, metadata={"stage": name, "recipe": self.recipe.name, "base": pipeline.hash}
@@ -258,6 +272,7 @@ class Run:
         from limner.models.lora import remove_adapters
 
         remove_adapters(self.pipeline.unet)
+        self.pipeline.move_encoders(self.pipeline.device)
         return self.pipeline
 
     def _adapter_weights(self, name: str) -> dict[str, Any]:
@@ -287,11 +302,13 @@ class Run:
 
         def draw(step: int) -> None:
             folder.mkdir(parents=True, exist_ok=True)
+            pipeline.move_encoders(pipeline.device)
             with torch.no_grad():
                 if not before:
                     with adapter_off(pipeline.unet):
                         before.extend(x for x, _ in sample(pipeline, requests, self.recipe.sampler, self.recipe.seed))
                 after = [x for x, _ in sample(pipeline, requests, self.recipe.sampler, self.recipe.seed)]
+            pipeline.move_encoders("cpu")
             grid(torch.stack([*before, *after]), len(before)).save(folder / f"step-{step:06d}.png")
 
         return draw
@@ -315,8 +332,6 @@ class Run:
             jobs = [(self.out / "generate" / split / model, 1, 0)]
             if r.evaluate.diversity_prompts:
                 jobs.append((self.out / "generate" / f"{split}-diversity" / model, DIVERSITY_SEEDS, r.evaluate.diversity_prompts))
-            if all(is_complete(folder) for folder, _, _ in jobs):
-                continue
             pipeline, name = self._fresh(), "base"
             if model != "base":
                 scale = r.generate.stage_lora_scale.get(model, r.generate.lora_scale)

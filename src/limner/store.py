@@ -4,7 +4,8 @@
     folder/part-00000.parquet.sha256   its checksum; a shard without one does not count
     folder/manifest.json               kind, config, input hashes, versions, shard checksums, counts (no times: equal runs, equal bytes)
 
-Two runs into one folder must have the same config; anything else is an error that lists what differs.
+Two runs into one folder must have the same config; anything else is an error that lists what differs. (A folder whose first run
+failed before its first shard holds nothing yet, and takes any.)
 """
 
 from __future__ import annotations
@@ -101,6 +102,9 @@ def open_step(folder: Path, kind: str, config: Mapping[str, Any], inputs: Mappin
     if path.is_file():
         found = read_manifest(folder)
         changed = list(differences({k: found.get(k) for k in wanted}, wanted))
+        if changed and not found.get("complete") and not any(folder.glob("*.parquet")):  # failed before it made anything
+            write_atomic(path, _json({**wanted, "versions": versions()}))
+            return Step(folder, {**wanted, "versions": versions()})
         if changed:
             raise ValueError(
                 f"{folder} holds the output of another configuration:\n  "

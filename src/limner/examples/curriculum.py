@@ -13,7 +13,7 @@ import pyarrow as pa
 from limner.config import Source, Stage
 from limner.engine import Progress, run_shards
 from limner.records import Example, Image, Prompt, Score, to_table
-from limner.store import input_hash, open_step, read_rows, read_table, shards
+from limner.store import input_hash, is_complete, open_step, read_manifest, read_rows, read_table, shards
 
 
 @dataclass
@@ -135,20 +135,25 @@ def make_examples(
     inputs |= {f"scores {p.name}": input_hash(p) for p in scores}
     rule = {"winner": asdict(stage.winner), "loser": asdict(stage.loser) if stage.loser else None, "keep": stage.keep}
     step = open_step(folder, "examples", rule, inputs)
+
+    if is_complete(folder):
+        return Counter(read_manifest(folder)["counts"])
+    if step.has(0):  # killed between shard and manifest: what was dropped has to be counted again
+        step.shard(0).unlink()
     counts: Counter[str] = Counter()
 
     def work(_: int, task: Path, progress: Progress) -> dict[str, pa.Table]:
         candidates = load_candidates(task, sources, scores, stages)
         ids = [p for p in candidates.prompts if not sources or any(p in groups for groups in candidates.images.values())]
         examples, found = build_stage(stage, candidates, ids)
+        if not found["kept"]:
+            raise ValueError(f"stage {name}: no example is left; dropped: {', '.join(f'{k} ({v})' for k, v in found.items())}")
         counts.update(found)
         progress(1)
         return {"part": to_table(Example, examples)}
 
-    if run_shards(step, [prompts], work, name=f"examples {name}") and counts:
-        if not counts["kept"]:
-            raise ValueError(f"stage {name}: no example is left; dropped: {', '.join(f'{k} ({v})' for k, v in counts.items())}")
-        step.finish(dict(counts))
+    run_shards(step, [prompts], work, name=f"examples {name}")
+    step.finish(dict(counts))
     return counts
 
 

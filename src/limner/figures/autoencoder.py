@@ -5,6 +5,8 @@ Loss = L1 + L1 of image gradients (keeps edges) + a faint KL. No adversary: at t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from limner import checkpoint
-from limner.loop import Every, Metrics, Optimisation, fit, schedule
+from limner.loop import Every, Metrics, Optimisation, fit
 
 # Of the KL summed over the latent. At 1e-5 whole channels collapse and people lose the colours of their clothes.
 KL_WEIGHT = 1e-8
@@ -34,6 +36,20 @@ def new_autoencoder() -> AutoencoderKL:
     )
 
 
+def cosines(cycles: Sequence[int], warmup: int = 50) -> Callable[[int], float]:
+    """Learning-rate factor by step: one cosine to zero a cycle, each half as high as the one before."""
+
+    def factor(step: int) -> float:
+        height = 1.0
+        for length in cycles:
+            if step < length:
+                return height * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / length))
+            step, height = step - length, height / 2
+        return 0.0
+
+    return factor
+
+
 def reconstruction_loss(image: Tensor, output: Tensor, weight: Tensor) -> Tensor:
     """L1 plus L1 of horizontal and vertical differences; images (B, 3, H, W) in [-1, 1], weight (B, 1, H, W) of each pixel."""
     difference = output - image
@@ -43,9 +59,12 @@ def reconstruction_loss(image: Tensor, output: Tensor, weight: Tensor) -> Tensor
 
 
 def train_autoencoder(
-    images: np.ndarray, figure: np.ndarray, folder: Path, *, max_train_steps: int, batch: int = 8, lr: float = 2e-3, seed: int = 0
+    images: np.ndarray, figure: np.ndarray, folder: Path, *, cycles: Sequence[int], batch: int = 8, lr: float = 2e-3, seed: int = 0
 ) -> AutoencoderKL:
     """Train on images (N, H, W, 3) uint8 and where the person is, figure (N, H, W) bool; checkpoints into `folder`.
+
+    Args:
+        cycles: steps of each cosine of the learning rate; every further one begins at half the height of the one before.
 
     A person covers a tenth of the picture and is what it is about: those pixels weigh four times.
 
@@ -54,9 +73,7 @@ def train_autoencoder(
     torch.manual_seed(seed)
     model = new_autoencoder().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    o = Optimisation(
-        list(model.parameters()), optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule("cosine", 50, max_train_steps))
-    )
+    o = Optimisation(list(model.parameters()), optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, cosines(cycles)))
     start = 0
     if found := checkpoint.latest(folder):
         weights, state, meta = checkpoint.load(found)
@@ -86,7 +103,7 @@ def train_autoencoder(
         print(f"autoencoder {step} loss {m['loss']:.4f} psnr {m['psnr']:.2f} {m['seconds']:.2f}s", flush=True)
 
     every: list[Every] = [(50, log), (250, lambda step, _: save(step))]
-    fit(loss, batches, o, max_train_steps=max_train_steps, start=start, every=every, save=save, name="autoencoder")
+    fit(loss, batches, o, max_train_steps=sum(cycles), start=start, every=every, save=save, name="autoencoder")
     return whiten(model.eval(), images[:512])
 
 

@@ -16,6 +16,8 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
+from limner.models.frozen import forget_inputs
+
 # neither is used, and the feature extractor would need an image library beyond pillow
 WITHOUT_CHECKER: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,6 +53,20 @@ class Pipeline:
         """Pixels a latent cell is wide."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
+    @property
+    def released(self) -> bool:
+        """Whether VAE and text encoder were dropped."""
+        return next(self.vae.parameters()).is_meta
+
+    def release(self) -> None:
+        """Drop the weights of VAE and text encoder: training on prepared latents and texts needs the UNet only. Load again to encode."""
+        self.move_encoders("meta")
+
+    def move_encoders(self, device: torch.device | str) -> None:
+        """Put VAE and text encoder on a device, such as off the accelerator while a stage trains."""
+        for module in (self.vae, self.text_encoder):
+            nn.Module.to(module, device)
+
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Texts to (B, L, D); each distinct text is encoded once. Longer ones are cut at the tokenizer's length, as the pipelines do."""
@@ -74,8 +90,9 @@ class Pipeline:
         return (x.float() / 2 + 0.5).clamp(0, 1)
 
     def predict(self, noisy: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """The network's own prediction (noise or velocity) as float32; gradients flow if enabled."""
-        return self.unet(noisy.to(self.dtype), t, text.to(self.dtype), return_dict=False)[0].float()
+        """The network's own prediction (noise or velocity), at least float32; gradients flow if enabled."""
+        output = self.unet(noisy.to(self.dtype), t, text.to(self.dtype), return_dict=False)[0]
+        return output.to(torch.promote_types(output.dtype, torch.float32))
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) noise; t (B,) int."""
@@ -172,6 +189,7 @@ def wrap(
     dtype = DTYPES[mixed_precision]
     for module in (pipe.unet, pipe.vae, pipe.text_encoder):
         nn.Module.to(module.requires_grad_(False).eval(), where, dtype)  # diffusers' own `to` warns of modules that do not exist
+    forget_inputs(pipe.unet)
     if channels_last:
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)

@@ -72,8 +72,10 @@ def _channels_last(x: Tensor, pipeline: Pipeline) -> Tensor:
 
 def make_scheduler(pipeline: Pipeline, sampler: Sampler, start: int | None = None) -> DPMSolverMultistepScheduler:
     """The solver on the model's own noise schedule, its timesteps set; `start` shortens the way (SDEdit)."""
-    config = {k: v for k, v in pipeline.scheduler_config.items() if not k.startswith("_")}
-    scheduler = DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++", solver_order=2, use_karras_sigmas=False)
+    # the whole config: its private part says which values are only defaults of the model's own scheduler, not this one's
+    scheduler = DPMSolverMultistepScheduler.from_config(
+        pipeline.scheduler_config, algorithm_type="dpmsolver++", solver_order=2, use_karras_sigmas=False
+    )
     if start is None:
         scheduler.set_timesteps(sampler.num_inference_steps, device="cpu")
     else:

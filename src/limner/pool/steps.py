@@ -25,20 +25,20 @@ Select = Callable[[list[Image]], set[str]]
 LATENTS = pa.schema([("image_id", pa.string()), ("latents", pa.binary()), ("shape", pa.list_(pa.int64()))])
 
 
-def write_prompts(prompts: Sequence[Prompt], data: Data, folder: Path, seed: int, source: str, per_shard: int = 256) -> None:
+def prompts_config(data: Data, source: str, seed: int) -> dict[str, Any]:
+    """What decides how a split is materialised, apart from its rows."""
+    return {"source": source, "resolution": data.resolution, "crop": data.crop, "aspect_buckets": data.aspect_buckets, "seed": seed}
+
+
+def write_prompts(
+    prompts: Sequence[Prompt], data: Data, folder: Path, seed: int, source: str, limit: int = 0, per_shard: int = 256
+) -> None:
     """Materialise a split: captions, and real images cut once to the training size (so that nothing later crops).
 
     Raises:
         ValueError: an image cannot be read; names its prompt.
     """
-    config = {
-        "source": source,
-        "resolution": data.resolution,
-        "crop": data.crop,
-        "aspect_buckets": data.aspect_buckets,
-        "seed": seed,
-        "rows": len(prompts),
-    }
+    config = {**prompts_config(data, source, seed), "rows": len(prompts)}
     step = open_step(folder, "prompts", config, {"texts": f"{seeds.seed_of(*[p.text for p in prompts]):016x}"})
     buckets = bucket_sizes(data.resolution, data.aspect_buckets)
 
@@ -65,7 +65,7 @@ def write_prompts(prompts: Sequence[Prompt], data: Data, folder: Path, seed: int
 
     tasks = [prompts[i : i + per_shard] for i in range(0, len(prompts), per_shard)]
     if run_shards(step, tasks, work, units=len, name=f"prompts {folder.name}"):
-        step.finish({"prompts": len(prompts), "with_image": sum(p.image is not None for p in prompts)})
+        step.finish({"prompts": len(prompts), "limit": limit, "with_image": sum(p.image is not None for p in prompts)})
 
 
 def make_pool(

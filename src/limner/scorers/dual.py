@@ -63,10 +63,13 @@ class Residual(nn.Module):
 
 def trunk(channels: Sequence[int], blocks: int) -> nn.Sequential:
     """Residual stages, each of which halves the side."""
-    layers: list[nn.Module] = []
-    before = 3
+    first = channels[0]
+    # A plain first convolution: a strided 1×1 skip on three channels crashes torch's CPU backward (2.13, channels last).
+    layers: list[nn.Module] = [nn.Conv2d(3, first, 3, 2, 1, bias=False), nn.BatchNorm2d(first), nn.ReLU(inplace=True)]
+    before = 0
     for c in channels:
-        layers += [Residual(before, c, 2), *(Residual(c, c) for _ in range(blocks))]
+        layers += [Residual(before, c, 2)] if before else []
+        layers += [Residual(c, c) for _ in range(blocks)]
         before = c
     return nn.Sequential(*layers)
 
@@ -173,9 +176,10 @@ def load_scorer(folder: Path, name: str) -> DualScorer:
     if values.pop("kind", "") != "dual":
         raise ValueError(f"scorers.{name}.path: {folder} holds another kind of model; set scorers.{name}.kind")
     vocabulary = values.pop("vocabulary")
-    model = DualEncoder(DualConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}), vocabulary)
+    shape: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    model = DualEncoder(DualConfig(**shape), vocabulary)
     weights = load_file(folder / "model.safetensors")
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
-    model.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     return DualScorer(name, model, tokenizer, sha256(folder / "model.safetensors")[:16])

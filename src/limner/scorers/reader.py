@@ -27,6 +27,7 @@ BONES = (
     ("left_shoulder", "left_elbow"), ("left_elbow", "left_wrist"), ("right_shoulder", "right_elbow"), ("right_elbow", "right_wrist"),
     ("left_hip", "left_knee"), ("left_knee", "left_ankle"), ("right_hip", "right_knee"), ("right_knee", "right_ankle"), ("head", "neck"),
 )  # fmt: skip
+LAYOUT = 16  # channels of the grid that is read place by place
 PEAK = 0.3  # height from which a local maximum of a heatmap counts as a joint
 
 
@@ -46,9 +47,12 @@ class Reader(nn.Module):
         self.eighth = nn.Sequential(Residual(b, c, 2), Residual(c, c))  # 8
         self.up_quarter, self.up_fine = Residual(b + c, b), Residual(a + b, a)
         self.maps = nn.Conv2d(a, len(joints) + 1, 1)
-        self.summary = nn.Sequential(nn.Linear(2 * c, width), nn.ReLU(inplace=True))
+        self.layout = nn.Conv2d(c, LAYOUT, 1)  # few channels, but where: a pose is a matter of places
+        self.summary = nn.Sequential(
+            nn.Linear(2 * c + LAYOUT * 64, 2 * width), nn.ReLU(inplace=True), nn.Linear(2 * width, width), nn.ReLU(inplace=True)
+        )
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in self.attributes.items()})
-        self.soundness = nn.Sequential(nn.Linear(2 * c + 2 * a + 2, width), nn.ReLU(inplace=True))
+        self.soundness = nn.Sequential(nn.Linear(2 * c + LAYOUT * 64 + 2 * a + 2, width), nn.ReLU(inplace=True))
         self.defect = nn.Linear(width, 1)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -61,7 +65,7 @@ class Reader(nn.Module):
         up = self.up_quarter(torch.cat([quarter, F.interpolate(eighth, scale_factor=2)], 1))
         fine = self.up_fine(torch.cat([half, F.interpolate(up, scale_factor=2)], 1))
         maps = self.maps(fine)
-        pooled = torch.cat([eighth.mean((2, 3)), eighth.amax((2, 3))], 1)
+        pooled = torch.cat([eighth.mean((2, 3)), eighth.amax((2, 3)), self.layout(eighth).flatten(1)], 1)
         summary = self.summary(pooled)
         wrong = maps[:, -1]
         seen = torch.cat(

@@ -27,6 +27,7 @@ from limner.loop import Metrics, Optimisation, fit, schedule
 from limner.models.lora import adapter_as, adapter_off, adapter_state, add_lora, copy_adapter, load_adapter_state
 from limner.models.stable_diffusion import Pipeline
 from limner.records import Example
+from limner.store import write_atomic
 from limner.training import losses
 from limner.training.errors import Batch, Errors, measure
 
@@ -125,7 +126,8 @@ class Draw:
         if epoch != self.epoch:
             self.epoch, self.batches = epoch, self._epoch(epoch)
         p, rows = self.pairs, self.batches[index]
-        generators = [seeds.generator(*self.key, "draw", number, i) for i in range(len(rows))]
+        first = number * self.learn.train_batch_size  # so that one large batch draws what several small ones do
+        generators = [seeds.generator(*self.key, "draw", first + i) for i in range(len(rows))]
         low, high = self.learn.min_timestep, self.learn.max_timestep
         t = torch.stack([torch.randint(low, high, (), generator=g) for g in generators])
         dropped = torch.stack([torch.rand((), generator=g) < self.learn.caption_dropout for g in generators])
@@ -259,20 +261,20 @@ def _average_gradients(parameters: Sequence[torch.nn.Parameter], accelerator: An
 
 def _logger(path: Path, begin: int, per_step: int, examples: int) -> Callable[[int, Metrics], None]:
     """Append a line a step to `path`; lines from `begin` on, left by an interrupted run, are dropped first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= begin] if path.is_file() else []
-    path.write_text("".join(line + "\n" for line in kept))
+    written = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    whole = [line for line in written if line.endswith("\n")]  # the last one may have been cut by a kill
+    write_atomic(path, "".join(line for line in whole if json.loads(line)["step"] <= begin))
 
     def log(step: int, metrics: Metrics) -> None:
         row = {"step": step, **metrics, "images_per_second": 2 * per_step / metrics["seconds"], "epoch": step * per_step / examples}
-        row["peak_memory_mb"] = _peak_memory()
+        row["peak_memory_mb"] = peak_memory()
         with path.open("a") as f:
             f.write(json.dumps({k: round(v, 8) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
 
     return log
 
 
-def _peak_memory() -> float:
+def peak_memory() -> float:
     """MB, of the accelerator if there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20

@@ -1,0 +1,142 @@
+"""What scorers and reader learn from: figures with known truth, taken through the paths that a generated image takes.
+
+Each picture exists raw, through the autoencoder, and reconstructed by the base model from a small timestep (SDRecon). A
+sound picture and its defective copy always take the same path, so the path gives nothing away.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+from limner import seeds
+from limner.config import Sampler
+from limner.figures.body import JOINTS
+from limner.figures.scene import ATTRIBUTES
+from limner.models.stable_diffusion import Pipeline
+from limner.pool.sample import denoise
+
+RECONSTRUCTED = (100, 200, 300, 400)  # timesteps: small enough that what was sound stays sound
+_MIRROR = [JOINTS.index(n.replace("left", "r_i_ght").replace("right", "left").replace("r_i_ght", "right")) for n in JOINTS]
+
+
+@dataclass
+class Lessons:
+    """N pictures with their defective copies. images: path name ("raw", "vae", "recon") to (2, N, 64, 64, 3) uint8, sound first.
+
+    heat: joints (kind, row, joint, x, y) of what can be seen, kind 0 = sound, 1 = defective; mask (N, 64, 64) bool of the defect.
+    """
+
+    prompts: list[str]
+    swapped: list[str]
+    attributes: np.ndarray  # (N, attributes) indices
+    images: dict[str, np.ndarray]
+    joints: list[tuple[list[tuple[int, float, float]], list[tuple[int, float, float]]]]
+    mask: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def _array(data: bytes) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(data)))
+
+
+def load_lessons(files: Sequence[Path]) -> Lessons:
+    """Read the shards of a split made with defects."""
+    rows = [r for f in sorted(files) for r in pq.read_table(f).to_pylist()]
+    joints = []
+    for r in rows:
+        where = np.array(r["joints"]).reshape(-1, 2)
+        sound = [(k, float(x), float(y)) for k, (x, y) in enumerate(where) if r["visible"][k]]
+        joints.append((sound, [(j["joint"], j["x"], j["y"]) for j in r.get("defect_joints", [])]))
+    attributes = np.array([[ATTRIBUTES[n].index(json.loads(r["attributes"])[n]) for n in ATTRIBUTES] for r in rows])
+    raw = np.stack([np.stack([_array(r["image"]) for r in rows]), np.stack([_array(r["defective_image"]) for r in rows])])
+    mask = np.stack([_array(r["defect_mask"]) > 0 for r in rows])
+    return Lessons([r["prompt"] for r in rows], [r["swapped_prompt"] for r in rows], attributes, {"raw": raw}, joints, mask)
+
+
+@torch.no_grad()
+def add_paths(lessons: Lessons, pipeline: Pipeline, folder: Path, seed: int, sampler: Sampler, batch: int = 64) -> None:
+    """Add the paths "vae" and "recon" to `lessons.images`; kept in `folder` so that a second run reads them.
+
+    A sound picture and its copy get the same timestep and the same noise. Captions guide the reconstruction.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = lessons.images["raw"]
+    for path in ("vae", "recon"):
+        done = folder / f"{path}.npy"
+        if not done.is_file():
+            out = np.empty_like(raw)
+            for start in range(0, len(lessons), batch):
+                rows = list(range(start, min(start + batch, len(lessons))))
+                both = torch.from_numpy(raw[:, rows].reshape(-1, *raw.shape[2:])).permute(0, 3, 1, 2).float() / 255
+                latents = pipeline.encode_images(both)
+                if path == "recon":
+                    latents = _reconstruct(pipeline, latents, [lessons.prompts[i] for i in rows], rows, seed, sampler)
+                pixels = (pipeline.decode_latents(latents) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+                out[:, rows] = pixels.reshape(2, len(rows), *raw.shape[2:])
+                print(f"{folder.name} {path} {rows[-1] + 1}/{len(lessons)}", flush=True)
+            np.save(folder / f".{path}.partial.npy", out)
+            (folder / f".{path}.partial.npy").rename(done)
+        lessons.images[path] = np.load(done, mmap_mode="r")
+
+
+def _reconstruct(
+    pipeline: Pipeline, latents: torch.Tensor, prompts: list[str], rows: list[int], seed: int, sampler: Sampler
+) -> torch.Tensor:
+    """Noise sound and defective latents (2n, C, h, w) alike and denoise them; the batch shares one timestep."""
+    t = RECONSTRUCTED[(rows[0] // len(rows)) % len(RECONSTRUCTED)]
+    noise = seeds.noise(latents.shape[1:], [(seed, "lessons", i) for i in rows]).repeat(2, 1, 1, 1)
+    noisy = pipeline.add_noise(latents, noise, torch.full((len(latents),), t - 1))
+    text = pipeline.encode_text(prompts).repeat(2, 1, 1)
+    return denoise(pipeline, noisy, text, pipeline.encode_text([""]), sampler, start=t)
+
+
+def heatmaps(joints: Sequence[tuple[int, float, float]], size: int = 32, sigma: float = 1.0) -> np.ndarray:
+    """(14, size, size) in [0, 1]: a Gaussian at each joint that can be seen; a second limb's joints give second peaks."""
+    y, x = np.mgrid[:size, :size] + 0.5
+    out = np.zeros((len(JOINTS), size, size), np.float32)
+    for k, jx, jy in joints:
+        out[k] = np.maximum(out[k], np.exp(-((x - jx * size) ** 2 + (y - jy * size) ** 2) / (2 * sigma**2)))
+    return out
+
+
+def mirror_joints(joints: Sequence[tuple[int, float, float]]) -> list[tuple[int, float, float]]:
+    """Joints of the mirrored picture: left becomes right."""
+    return [(_MIRROR[k], 1 - x, y) for k, x, y in joints]
+
+
+def degrade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A worse copy of (H, W, 3) uint8: blurred, or smeared along a direction, or full of grain."""
+    x = image.astype(np.float32)
+    kind = rng.integers(3)
+    if kind == 0:
+        x = gaussian_filter(x, (*[rng.uniform(0.9, 2.0)] * 2, 0))
+    elif kind == 1:
+        angle, reach = rng.uniform(0, np.pi), int(rng.integers(2, 5))
+        shifts = [(round(s * np.sin(angle)), round(s * np.cos(angle))) for s in range(-reach, reach + 1)]
+        x = np.mean([np.roll(x, s, (0, 1)) for s in shifts], 0)
+    else:
+        x = x + gaussian_filter(rng.normal(0, 1, x.shape), (0.7, 0.7, 0)) * rng.uniform(25, 60)
+    return x.clip(0, 255).astype(np.uint8)
+
+
+def vary(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A harmless variation of (H, W, 3) uint8: exposure, contrast, a shift of up to two pixels, a faint blur."""
+    x = image.astype(np.float32)
+    x = (x - 128) * rng.uniform(0.9, 1.1) + 128 + rng.uniform(-12, 12)
+    dy, dx = rng.integers(-2, 3, 2)
+    x = np.pad(x, ((2, 2), (2, 2), (0, 0)), mode="edge")[2 + dy : 66 + dy, 2 + dx : 66 + dx]
+    if rng.random() < 0.3:
+        x = gaussian_filter(x, (*[rng.uniform(0.2, 0.6)] * 2, 0))
+    return x.clip(0, 255).astype(np.uint8)

@@ -1,0 +1,166 @@
+"""Train the embedded world's judges: the preference scorer, a second one as judge, and the reader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from limner import checkpoint
+from limner.figures.body import JOINTS
+from limner.figures.lessons import Lessons, degrade, heatmaps, mirror_joints, vary
+from limner.figures.scene import ATTRIBUTES
+from limner.loop import Every, Metrics, Optimisation, fit, schedule
+from limner.scorers.dual import DualConfig, DualEncoder, tokenize, vocabulary_of
+from limner.scorers.losses import contrastive, pickscore
+from limner.scorers.reader import PEAK, FigureReader, Reader, measure_limits, peaks
+
+PATHS, ODDS = ("raw", "vae", "recon"), (0.2, 0.4, 0.4)
+
+
+def _resume(folder: Path, model: torch.nn.Module, lr: float, steps: int, warmup: int = 50) -> tuple[Optimisation, int]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
+    o = Optimisation(list(model.parameters()), optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule("cosine", warmup, steps)))
+    found = checkpoint.latest(folder)
+    if found is None:
+        return o, 0
+    weights, state, meta = checkpoint.load(found)
+    model.load_state_dict(weights["model"])
+    o.load_state_dict(state)
+    return o, int(meta["step"])
+
+
+def _fit(name: str, folder: Path, model: torch.nn.Module, o: Optimisation, start: int, steps: int, loss: Any, batches: Any) -> None:
+    def save(step: int) -> None:
+        checkpoint.save(folder, step, {"model": model.state_dict()}, o, {})
+
+    recent: list[Metrics] = []
+
+    def log(step: int, metrics: Metrics) -> None:
+        recent.append(metrics)
+        if step % 25 == 0:
+            means = {k: sum(m[k] for m in recent[-25:]) / len(recent[-25:]) for k in metrics if k not in ("lr",)}
+            print(f"{name} {step} " + " ".join(f"{k} {v:.4g}" for k, v in means.items()), flush=True)
+
+    every: list[Every] = [(1, log), (200, lambda step, _: save(step))]
+    fit(loss, batches, o, max_train_steps=steps, start=start, every=every, save=save, name=name)
+
+
+def pictures(lessons: Lessons, kinds: np.ndarray, rows: np.ndarray, paths: list[str], flips: np.ndarray) -> list[np.ndarray]:
+    """uint8 pictures (64, 64, 3): kind 0 = sound, 1 = defective; each through its path, mirrored if asked."""
+    out = []
+    for kind, row, path, flip in zip(kinds, rows, paths, flips):
+        image = lessons.images[path][kind, row]
+        out.append(image[:, ::-1] if flip else image)
+    return out
+
+
+def to_input(images: list[np.ndarray]) -> Tensor:
+    """uint8 pictures to (B, 3, 64, 64) in [0, 1]."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+
+
+def train_scorer(
+    lessons: Lessons, tokenizer: Any, folder: Path, config: DualConfig, *, steps: int, batch: int = 32, lr: float = 1e-3, seed: int = 0
+) -> DualEncoder:
+    """A preference scorer: CLIP's contrastive loss with swapped captions as hard negatives, and PickScore's loss on pairs whose better one is known.
+
+    A pair is sound over defective (half), right over wrong caption (a third), or clean over smeared; both members take the same path.
+    """
+    torch.manual_seed(seed)
+    model = DualEncoder(config, vocabulary_of(tokenizer)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    o, start = _resume(folder, model, lr, steps)
+    right, wrong = tokenize(tokenizer, lessons.prompts), tokenize(tokenizer, lessons.swapped)
+    paths = [p for p in PATHS if p in lessons.images]
+    odds = np.array([ODDS[PATHS.index(p)] for p in paths])
+
+    def batches(step: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        rng = np.random.default_rng([seed, 2, step])
+        rows = rng.choice(len(lessons), batch, replace=False)
+        path = [str(p) for p in rng.choice(paths, batch, p=odds / odds.sum())]
+        flips = rng.random(batch) < 0.5
+        better = pictures(lessons, np.zeros(batch, int), rows, path, flips)
+        kind = rng.random(batch)
+        others = np.where(rng.random(batch) < 0.5, rows ^ 1, rng.integers(len(lessons), size=batch))
+        worse = pictures(lessons, (kind < 0.5).astype(int), np.where((kind >= 0.5) & (kind < 0.83), others, rows), path, flips)
+        worse = [degrade(w, rng) if k >= 0.83 else w for w, k in zip(worse, kind)]
+        same = rng.integers(2**31, size=batch)
+        varied = [[vary(i, np.random.default_rng(s)) for i, s in zip(images, same)] for images in (better, worse)]
+        return [(to_input(varied[0] + varied[1]), right[rows], wrong[rows])]
+
+    def loss(item: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Metrics]:
+        images, captions, swapped = item
+        seen, said = model.encode_images(images), model.encode_tokens(torch.cat([captions, swapped]))
+        better, worse, texts = seen[:batch], seen[batch:], said[:batch]
+        s_better, s_worse = (better * texts).sum(1) * model.scale, (worse * texts).sum(1) * model.scale
+        pair = pickscore(s_better, s_worse).mean()
+        match = contrastive(better, texts, model.scale, said[batch:])
+        return pair + 0.5 * match, {"pair": pair.item(), "match": match.item(), "accuracy": (s_better > s_worse).float().mean().item()}
+
+    _fit(folder.name, folder, model, o, start, steps, loss, batches)
+    return model.eval()
+
+
+def train_reader(
+    lessons: Lessons,
+    folder: Path,
+    *,
+    steps: int,
+    batch: int = 48,
+    lr: float = 1e-3,
+    seed: int = 0,
+    channels: tuple[int, ...] = (32, 64, 128),
+) -> Reader:
+    """Attributes, joint heatmaps, defect map and defect logit, on sound and defective pictures through every path, with augmentation."""
+    torch.manual_seed(seed)
+    model = Reader(ATTRIBUTES, JOINTS, channels).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    o, start = _resume(folder, model, lr, steps)
+    paths = [p for p in PATHS if p in lessons.images]
+    odds = np.array([ODDS[PATHS.index(p)] for p in paths])
+
+    def batches(step: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+        rng = np.random.default_rng([seed, 3, step])
+        rows = rng.choice(len(lessons), batch)
+        kinds = np.arange(batch) % 2
+        flips = rng.random(batch) < 0.5
+        path = [str(p) for p in rng.choice(paths, batch, p=odds / odds.sum())]
+        images = [vary(i, rng) for i in pictures(lessons, kinds, rows, path, flips)]
+        heat, mask = [], []
+        for kind, row, flip in zip(kinds, rows, flips):
+            joints = lessons.joints[row][kind]
+            heat.append(heatmaps(mirror_joints(joints) if flip else joints))
+            where = lessons.mask[row] if kind else np.zeros((64, 64), bool)
+            mask.append((where[:, ::-1] if flip else where).reshape(32, 2, 32, 2).any((1, 3)))
+        return [(
+            to_input(images), torch.from_numpy(lessons.attributes[rows]), torch.from_numpy(np.stack(heat)),
+            torch.from_numpy(np.stack(mask)).float(), torch.from_numpy(kinds).float(),
+        )]  # fmt: skip
+
+    def loss(item: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Metrics]:
+        images, attributes, heat, mask, wrong = item
+        out = model(images)
+        named = sum((F.cross_entropy(out[n], attributes[:, i]) for i, n in enumerate(ATTRIBUTES)), torch.zeros(()))
+        joints = F.binary_cross_entropy_with_logits(out["joints"], heat, weight=1 + 20 * heat)
+        where = F.binary_cross_entropy_with_logits(out["defect_map"], mask, weight=1 + 8 * mask)
+        defect = F.binary_cross_entropy_with_logits(out["defect"], wrong)
+        right = ((out["defect"] > 0) == (wrong > 0.5)).float().mean().item()
+        total = 0.3 * named + 10 * joints + 2 * where + defect
+        return total, {"attributes": named.item(), "joints": joints.item(), "map": where.item(), "defect": defect.item(), "right": right}
+
+    _fit(folder.name, folder, model, o, start, steps, loss, batches)
+    return model.eval()
+
+
+@torch.no_grad()
+def finish_reader(model: Reader, real: np.ndarray) -> FigureReader:
+    """Measure what is normal on real pictures (N, 64, 64, 3) uint8."""
+    heat = torch.cat([model(to_input(list(real[i : i + 64])))["joints"].sigmoid() for i in range(0, len(real), 64)])
+    first, second, spots = (x.numpy() for x in peaks(heat))
+    return FigureReader(model, measure_limits(model.joints, first, second, spots))
+
+
+__all__ = ["PEAK", "finish_reader", "train_reader", "train_scorer"]

@@ -1,0 +1,459 @@
+"""A stage's training: what moves, what decides it, and that cutting, accumulating and checkpointing change nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from limner import checkpoint, loop
+from limner.config import Learn
+from limner.images import encode_png
+from limner.models.lora import adapter_as, adapter_off, add_lora, copy_adapter, load_adapter_state, remove_adapters
+from limner.models.stable_diffusion import Pipeline, wrap
+from limner.records import Example
+from limner.training import losses
+from limner.training.errors import measure
+from limner.training.stage import Draw, Pairs, compute_loss, prepare, train_stage
+from tiny import tiny_pipeline
+
+LEARN = Learn(max_train_steps=4, train_batch_size=2, rank=2, learning_rate=1e-2, checkpointing_steps=2, beta=500, statistics_weight=1e4)
+Adapter = dict[str, Tensor]
+
+
+def fresh(**options: object) -> Pipeline:
+    return wrap(tiny_pipeline(), device="cpu", **options)  # type: ignore[arg-type]
+
+
+def latents(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def examples(count: int = 6, sizes: tuple[tuple[int, int], ...] = ((8, 8),), roles: tuple[str, ...] = ("winner", "loser")) -> list[Example]:
+    """Pairs g0, g1 ... of random latents, with three captions and sizes in turn."""
+    out = []
+    for i in range(count):
+        h, w = sizes[i % len(sizes)]
+        for j, role in enumerate(roles):
+            z = latents(10 * i + j, 4, h, w)
+            out.append(
+                Example(
+                    group=f"g{i}",
+                    role=role,
+                    image_id=f"{i}/{j}",
+                    text=f"a man {i % 3}",
+                    image=b"",
+                    latents=z.numpy().tobytes(),
+                    shape=(4, h, w),
+                )
+            )
+    return out
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Pairs:
+    return prepare(fresh(), examples())
+
+
+def run(folder: Path, pairs: Pairs, learn: Learn = LEARN, pipeline: Pipeline | None = None, start: Adapter | None = None) -> Adapter:
+    return train_stage(pipeline or fresh(), pairs, learn, folder, stage="easy", seed=3, start=start)
+
+
+def log(folder: Path) -> list[dict[str, float]]:
+    """log.jsonl without what the clock and the machine say."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second", "peak_memory_mb")} for r in rows]
+
+
+def same(a: Adapter, b: Adapter) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def distance(a: Adapter, b: Adapter) -> float:
+    return max((a[k] - b[k]).abs().max().item() for k in a)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pairs: Pairs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Adapter, Path]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return run(folder, pairs), folder
+
+
+# -- what moves --------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_adapter_moves(pairs: Pairs, tmp_path: Path) -> None:
+    """All weights of the three networks are bit for bit what they were; every B has left zero."""
+    pipeline = fresh()
+    before = {f"{n}.{k}": v.clone() for n in ("unet", "vae", "text_encoder") for k, v in getattr(pipeline, n).state_dict().items()}
+    after = run(tmp_path, pairs, pipeline=pipeline)
+    assert all(v.abs().max() > 0 for k, v in after.items() if ".lora_B." in k)
+    gradients = {n for n, p in pipeline.unet.named_parameters() if p.grad is not None}
+    assert gradients
+    assert all(".lora_" in n for n in gradients)
+    assert not any(p.grad is not None for m in (pipeline.vae, pipeline.text_encoder) for p in m.parameters())
+    remove_adapters(pipeline.unet)
+    now = {f"{n}.{k}": v for n in ("unet", "vae", "text_encoder") for k, v in getattr(pipeline, n).state_dict().items()}
+    assert same(before, now)
+
+
+def test_the_log_starts_at_log_2(undisturbed: tuple[Adapter, Path]) -> None:
+    """At the first step policy and reference are one: loss log 2, no margin, a tie; later the loss of four steps on six pairs has moved."""
+    rows = log(undisturbed[1])
+    assert [r["step"] for r in rows] == [1, 2, 3, 4]
+    assert rows[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    assert (rows[0]["margin"], rows[0]["accuracy"], rows[0]["statistics"]) == (0, 0.5, 0)
+    assert rows[0]["grad_norm"] > 0
+    assert rows[-1]["loss"] != rows[0]["loss"]
+    assert rows[-1]["epoch"] == pytest.approx(4 * 2 / 6)
+
+
+def test_training_learns_the_pairs(tmp_path: Path) -> None:
+    """Winners are bright and losers dark all over: forty steps make the winners' noise easier to tell than the losers'."""
+    signed = [replace(e, latents=torch.full((4, 8, 8), 2.0 if e.role == "winner" else -2.0).numpy().tobytes()) for e in examples()]
+    run(
+        tmp_path,
+        prepare(fresh(), signed),
+        replace(LEARN, max_train_steps=40, statistics_weight=0.0, checkpointing_steps=0, max_timestep=700),
+    )
+    late = log(tmp_path)[-10:]
+    assert sum(r["accuracy"] for r in late) / 10 > 0.75
+    assert sum(r["loss"] for r in late) / 10 < 0.69
+
+
+# -- cuts and continuations --------------------------------------------------------------------------------------------
+
+
+def test_cut_and_resumed_equals_undisturbed(pairs: Pairs, undisturbed: tuple[Adapter, Path], tmp_path: Path) -> None:
+    cut = run(tmp_path, pairs, replace(LEARN, max_train_steps=2))
+    resumed = run(tmp_path, pairs)
+    assert same(resumed, undisturbed[0])
+    assert not same(cut, resumed)
+    assert log(tmp_path) == log(undisturbed[1])
+
+
+def test_a_kill_between_checkpoints_equals_undisturbed(pairs: Pairs, undisturbed: tuple[Adapter, Path], tmp_path: Path) -> None:
+    """Killed in step 4: the state is that of step 2, the log is ahead of it and its last line is cut. Both are put right."""
+    run(tmp_path, pairs, replace(LEARN, max_train_steps=2))
+    with (tmp_path / "log.jsonl").open("a") as f:
+        f.write('{"step": 3, "loss": 99.0}\n{"step": 4, "lo')
+    assert same(run(tmp_path, pairs), undisturbed[0])
+    assert log(tmp_path) == log(undisturbed[1])
+
+
+def test_a_signal_saves_and_ends_with_130(
+    pairs: Pairs, undisturbed: tuple[Adapter, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM in the third step, which is no checkpoint's."""
+    calls: list[int] = []
+
+    def draw(self: Draw, step: int):
+        calls.append(step)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return call(self, step)
+
+    call = Draw.__call__
+    monkeypatch.setattr(Draw, "__call__", draw)
+    with pytest.raises(loop.Interrupted) as caught:
+        run(tmp_path, pairs)
+    assert (caught.value.code, caught.value.step) == (130, 3)
+    assert checkpoint.steps(tmp_path) == [2, 3]
+    assert same(run(tmp_path, pairs), undisturbed[0])
+    assert calls == [0, 1, 2, 3]
+    assert log(tmp_path) == log(undisturbed[1])
+
+
+def test_old_checkpoints_go(undisturbed: tuple[Adapter, Path], pairs: Pairs, tmp_path: Path) -> None:
+    run(tmp_path, pairs, replace(LEARN, checkpointing_steps=1, checkpoints_total_limit=3))
+    assert checkpoint.steps(tmp_path) == [2, 3, 4]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3", "checkpoint-4", "log.jsonl"]
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(
+    undisturbed: tuple[Adapter, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {"adapter": undisturbed[0]}
+    checkpoint.save(tmp_path, 1, weights, {}, {})
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ValueError, match=r"checkpoint-2 cannot be written .*No space left"):
+        checkpoint.save(tmp_path, 2, weights, {}, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_a_damaged_checkpoint_is_named(undisturbed: tuple[Adapter, Path], pairs: Pairs, tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 2, {"adapter": undisturbed[0]}, {}, {})
+    data = (path / "adapter.safetensors").read_bytes()
+    (path / "adapter.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="checkpoint-2 cannot be read"):
+        run(tmp_path, pairs)
+
+
+# -- draws -------------------------------------------------------------------------------------------------------------
+
+
+def key(z: Tensor) -> bytes:
+    return z.numpy().tobytes()
+
+
+def rows(batches: list) -> list[tuple]:
+    """What each sample of some batches is: its group, noise, timestep and text."""
+    return [(b.names[i], key(b.noise[i]), int(b.t[i]), key(b.text[i])) for b in batches for i in range(len(b.names))]
+
+
+def test_processes_and_accumulation_draw_what_one_large_batch_draws(pairs: Pairs) -> None:
+    """Six pairs a step: one batch of 6, three of 2 in turn, or three processes of one 2 each; over three epochs."""
+    learn = replace(LEARN, caption_dropout=0.3)
+    large = Draw(pairs, replace(learn, train_batch_size=6), 0, "easy")
+    turns = Draw(pairs, replace(learn, gradient_accumulation_steps=3), 0, "easy")
+    parts = [Draw(pairs, learn, 0, "easy", process, 3) for process in range(3)]
+    for step in range(3):
+        wanted = rows(large(step))
+        assert len({name for name, *_ in wanted}) == 6
+        assert rows(turns(step)) == wanted
+        assert [r for part in parts for r in rows(part(step))] == wanted
+
+
+def test_draws_depend_on_the_step_alone(pairs: Pairs) -> None:
+    """Asked for out of order, as after a resume; and differ by seed, stage and step."""
+    draw, again = Draw(pairs, LEARN, 0, "easy"), Draw(pairs, LEARN, 0, "easy")
+    forward = [rows(draw(s)) for s in range(8)]
+    assert [rows(again(s)) for s in reversed(range(8))] == forward[::-1]
+    others = [Draw(pairs, LEARN, 1, "easy"), Draw(pairs, LEARN, 0, "hard")]
+    noise = [n for batch in [*forward, *(rows(o(0)) for o in others)] for _, n, *_ in batch]
+    assert len(set(noise)) == len(noise)
+
+
+def test_every_epoch_has_every_pair_once(pairs: Pairs) -> None:
+    draw = Draw(pairs, LEARN, 0, "easy")
+    epochs = [[n for s in range(3 * e, 3 * e + 3) for n in draw(s)[0].names] for e in range(4)]
+    assert all(sorted(e) == sorted(pairs.names) for e in epochs)
+    assert len({tuple(e) for e in epochs}) > 1
+
+
+def test_timesteps_stay_in_their_range_and_dropout_blanks_texts(pairs: Pairs) -> None:
+    draw = Draw(pairs, replace(LEARN, min_timestep=200, max_timestep=210, caption_dropout=1.0, train_batch_size=6), 0, "easy")
+    batches = [draw(s)[0] for s in range(20)]
+    assert {int(t) for b in batches for t in b.t} == set(range(200, 210))
+    assert all(torch.equal(b.text, pairs.empty.expand_as(b.text)) for b in batches)
+
+
+def test_a_batch_holds_one_size(tmp_path: Path) -> None:
+    """Five pairs of 8x8 and 12x8 in turn: batches of each size, the lone third of 8x8 filled from its batch's beginning; and it trains."""
+    mixed = prepare(fresh(), examples(5, sizes=((8, 8), (12, 8))))
+    draw = Draw(mixed, LEARN, 0, "easy")
+    epoch = [draw(s)[0] for s in range(3)]
+    assert sorted(tuple(b.winner.shape[2:]) for b in epoch) == [(8, 8), (8, 8), (12, 8)]
+    assert all(len(b.names) == 2 and b.winner.shape == b.loser.shape == b.noise.shape for b in epoch)
+    assert {n for b in epoch for n in b.names} == set(mixed.names)
+    assert len(log_of_run(tmp_path, mixed)) == 4
+
+
+def log_of_run(folder: Path, pairs: Pairs) -> list[dict[str, float]]:
+    run(folder, pairs)
+    return log(folder)
+
+
+def test_accumulation_equals_a_larger_batch(pairs: Pairs, tmp_path: Path) -> None:
+    """The mean over micro-batches is the mean over their samples, up to rounding."""
+    large = run(tmp_path / "large", pairs, replace(LEARN, train_batch_size=6))
+    small = run(tmp_path / "small", pairs, replace(LEARN, gradient_accumulation_steps=3))
+    assert distance(large, small) < 1e-4
+    for a, b in zip(log(tmp_path / "large"), log(tmp_path / "small"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+# -- losses in place ---------------------------------------------------------------------------------------------------
+
+
+def moved(pipeline: Pipeline, name: str = "policy", seed: int = 0) -> list[torch.nn.Parameter]:
+    """An adapter that does something."""
+    parameters = add_lora(pipeline.unet, name, rank=2, seed=seed)
+    g = torch.Generator().manual_seed(seed)
+    for p in parameters:
+        p.data += 0.3 * torch.randn(p.shape, generator=g)
+    return parameters
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_statistics_of_the_same_pass_equal_a_separate_one(pairs: Pairs, prediction: str) -> None:
+    """A pass of its own for each network on the winners, a DDPM step of the library with shared noise, and eq. 4 on the results."""
+    pipeline = wrap(tiny_pipeline(prediction=prediction), device="cpu")
+    moved(pipeline)
+    batch = replace(Draw(pairs, replace(LEARN, train_batch_size=4), 0, "easy")(0)[0], t=torch.tensor([0, 30, 500, 999]))
+    errors = measure(pipeline, batch, lambda: adapter_off(pipeline.unet))
+    found = losses.statistics(errors.policy_noise, errors.reference_noise, batch.t, pipeline.alphas)
+    ddpm = DDPMScheduler.from_config(pipeline.scheduler_config)
+    assert not ddpm.config.clip_sample
+    noisy = ddpm.add_noise(batch.winner, batch.noise, batch.t)
+    wanted = []
+    for i, t in enumerate(batch.t):
+        means = []
+        for network in ("policy", "base"):
+            with torch.no_grad():
+                one = (noisy[i : i + 1], t, batch.text[i : i + 1])
+                if network == "base":
+                    with adapter_off(pipeline.unet):
+                        output = pipeline.unet(*one).sample
+                else:
+                    output = pipeline.unet(*one).sample
+            step = ddpm.step(output.double(), int(t), noisy[i : i + 1].double(), generator=torch.Generator().manual_seed(1))
+            means.append(step.prev_sample.mean((2, 3)))
+        wanted.append((means[0] - means[1]).square().sum())
+    assert torch.allclose(found.detach().double(), torch.stack(wanted), rtol=2e-3, atol=1e-12)
+
+
+def test_errors_are_the_networks_own(pairs: Pairs) -> None:
+    """Mean squared difference of each network's prediction from the noise, a pass for each role; winner and loser share noise and t."""
+    pipeline = fresh()
+    moved(pipeline)
+    batch = Draw(pairs, LEARN, 0, "easy")(0)[0]
+    errors = measure(pipeline, batch, lambda: adapter_off(pipeline.unet))
+    ddpm = DDPMScheduler.from_config(pipeline.scheduler_config)
+    for role, clean in (("winner", batch.winner), ("loser", batch.loser)):
+        with torch.no_grad():
+            predicted = pipeline.unet(ddpm.add_noise(clean, batch.noise, batch.t), batch.t, batch.text).sample
+        assert torch.allclose(getattr(errors, role), ((predicted - batch.noise) ** 2).mean((1, 2, 3)), rtol=1e-5)
+        assert getattr(errors, role).requires_grad
+        assert not getattr(errors, f"{role}_reference").requires_grad
+
+
+def test_reference_base_or_start(pairs: Pairs, undisturbed: tuple[Adapter, Path], tmp_path: Path) -> None:
+    """From a trained start: against `start` the first loss is log 2, against `base` it is not; the reference itself stays where it was."""
+    learn = replace(LEARN, max_train_steps=2, statistics_weight=0.0)
+    pipeline = fresh()
+    after = run(tmp_path / "start", pairs, replace(learn, reference="start"), pipeline, start=undisturbed[0])
+    run(tmp_path / "base", pairs, learn, start=undisturbed[0])
+    assert log(tmp_path / "start")[0]["margin"] == 0
+    assert log(tmp_path / "start")[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    assert log(tmp_path / "base")[0]["margin"] != 0
+    assert not same(after, undisturbed[0])
+    again = fresh()
+    add_lora(again.unet, "policy", rank=2)
+    load_adapter_state(again.unet, "policy", undisturbed[0])
+    x, t, text = latents(1, 1, 4, 8, 8), torch.tensor([500]), pairs.empty
+    with torch.no_grad(), adapter_as(pipeline.unet, "start"):
+        assert torch.equal(pipeline.predict(x, t, text), again.predict(x, t, text))
+
+
+def test_terms_add_up(pairs: Pairs) -> None:
+    """loss = dpo + weight * statistics + weight * winner's error; loser_weight and safeguard change gradients only."""
+    pipeline = fresh()
+    parameters = moved(pipeline)
+    batch = Draw(pairs, LEARN, 0, "easy")(0)[0]
+
+    def total(**options: float) -> tuple[Tensor, Tensor]:
+        errors = measure(pipeline, batch, lambda: adapter_off(pipeline.unet))
+        learn = replace(LEARN, statistics_weight=0.0, beta=10, **options)
+        loss, _ = compute_loss(errors, batch.t, learn, pipeline.alphas)
+        gradients = torch.autograd.grad(loss.sum(), parameters)
+        return loss.detach(), torch.cat([g.flatten() for g in gradients])
+
+    plain, gradient = total()
+    errors = measure(pipeline, batch, lambda: adapter_off(pipeline.unet))
+    term = losses.statistics(errors.policy_noise, errors.reference_noise, batch.t, pipeline.alphas)
+    full, _ = compute_loss(errors, batch.t, replace(LEARN, beta=10, statistics_weight=100.0, sft_weight=0.5), pipeline.alphas)
+    assert torch.allclose(full, plain + 100 * term + 0.5 * errors.winner, rtol=1e-5)
+    for options in ({"loser_weight": 0.25}, {"safeguard": 0.9}):
+        loss, other = total(**options)
+        assert torch.allclose(loss, plain)
+        assert not torch.allclose(other, gradient)
+
+
+def test_sft_needs_no_loser(tmp_path: Path) -> None:
+    targets = prepare(fresh(), examples(roles=("target",)))
+    assert targets.loser is None
+    run(tmp_path, targets, replace(LEARN, loss="sft"))
+    assert set(log(tmp_path)[0]) >= {"loss", "winner_error_difference", "grad_norm"}
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
+    """The message names the groups of the batch; the last checkpoint and the base stand."""
+    bad = examples(2)
+    nan = torch.full((4, 8, 8), float("nan")).numpy().tobytes()
+    pairs = prepare(fresh(), [bad[0], replace(bad[1], latents=nan), *bad[2:]])
+    pipeline = fresh()
+    with pytest.raises(RuntimeError, match=r"loss of step 0 is nan; nothing was updated\. Batch: (g0, g1|g1, g0)"):
+        run(tmp_path, pairs, pipeline=pipeline)
+    assert all((p == 0).all() for n, p in pipeline.unet.named_parameters() if ".lora_B." in n)
+    assert checkpoint.latest(tmp_path) is None
+
+
+# -- precision and memory ----------------------------------------------------------------------------------------------
+
+
+def test_bf16_runs_and_errors_are_float32(pairs: Pairs, tmp_path: Path) -> None:
+    """The adapter stays float32 and moves; errors and losses are float32 and near to those of a float32 run."""
+    pipeline = fresh(mixed_precision="bf16")
+    after = run(tmp_path, pairs, pipeline=pipeline)
+    assert pipeline.unet.conv_in.weight.dtype == torch.bfloat16
+    assert {v.dtype for v in after.values()} == {torch.float32}
+    assert all(v.abs().max() > 0 for v in after.values())
+    batch = Draw(pairs, LEARN, 0, "easy")(0)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        errors = measure(pipeline, batch, lambda: adapter_off(pipeline.unet))
+    assert {getattr(errors, n).dtype for n in ("winner", "loser", "winner_reference", "loser_reference", "policy_noise")} == {torch.float32}
+    exact = measure(fresh(), batch, lambda: adapter_off(pipeline.unet))
+    assert torch.allclose(errors.winner_reference, exact.winner, rtol=0.02)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(pairs: Pairs, tmp_path: Path) -> None:
+    learn = replace(LEARN, reference="start", gradient_checkpointing=True)
+    plain = run(tmp_path / "plain", pairs, replace(learn, gradient_checkpointing=False))
+    assert distance(run(tmp_path / "less", pairs, learn), plain) < 1e-6
+
+
+# -- preparation -------------------------------------------------------------------------------------------------------
+
+
+def test_images_without_latents_are_encoded() -> None:
+    """As the pipeline encodes them one at a time, beside others of another size that brought theirs."""
+    pipeline = fresh()
+    g = torch.Generator().manual_seed(0)
+    pixels = (torch.rand(3, 3, 16, 16, generator=g) * 255).round() / 255
+    bare = [
+        replace(e, image=encode_png(pixels[i]), latents=None, shape=()) if i < 3 else e
+        for i, e in enumerate(e for e in examples(3, sizes=((8, 8), (8, 8), (12, 8))))
+    ]
+    pairs = prepare(pipeline, bare)
+    assert torch.allclose(pairs.winner[0], pipeline.encode_images(pixels[:1])[0], atol=1e-5)
+    assert torch.allclose(pairs.loser[0], pipeline.encode_images(pixels[1:2])[0], atol=1e-5)
+    assert torch.allclose(pairs.winner[1], pipeline.encode_images(pixels[2:])[0], atol=1e-5)
+    assert torch.equal(pairs.winner[2], latents(20, 4, 12, 8))
+    assert len(pairs.states) == 3, "each caption is encoded once"
+    assert torch.allclose(pairs.states[pairs.text[1]], pipeline.encode_text(["a man 1"])[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda e: [], "no examples to train on"),
+        (lambda e: e[1:], "group g0 has no winner"),
+        (lambda e: e[:3], "group g1 lacks a loser"),
+        (
+            lambda e: [e[0], replace(e[1], latents=latents(0, 4, 8, 12).numpy().tobytes(), shape=(4, 8, 12))],
+            "group g0: winner and loser differ in size",
+        ),
+    ],
+)
+def test_examples_that_make_no_pairs(change, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        prepare(fresh(), change(examples(2)))
+
+
+def test_copies_do_not_train(pairs: Pairs) -> None:
+    pipeline = fresh()
+    moved(pipeline)
+    copy_adapter(pipeline.unet, "policy", "start")
+    assert not any(p.requires_grad for n, p in pipeline.unet.named_parameters() if ".start." in n)
