@@ -80,7 +80,8 @@ def write_recipe(folder: Path, **changes: object) -> Path:
         "evaluate": {"preference": "picker", "judge": "judge", "diversity_prompts": 0},
     }  # fmt: skip
     for key, value in changes.items():
-        recipe[key] = {**recipe[key], **value} if isinstance(value, dict) else value  # type: ignore[dict-item]
+        merged = {**recipe[key], **value} if isinstance(value, dict) else value  # type: ignore[dict-item]
+        recipe[key] = {k: v for k, v in merged.items() if v is not None} if isinstance(merged, dict) else merged
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return path

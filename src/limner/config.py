@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import typing
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -147,7 +148,7 @@ class Learn:
         reference: base (adapter off) or start (the adapter of the stage before).
         rank: of the LoRA.
         lora_alpha: 0 = rank.
-        adapter: continue trains the LoRA of the starting stage on; stack merges it and trains a new one.
+        adapter: continue: the LoRA of the starting stage is trained on.
         blocks: which UNet blocks get the LoRA: all, up, down, mid.
         learning_rate: of AdamW, the largest of the schedule.
         lr_scheduler: constant, or cosine to zero at the last step.
@@ -178,7 +179,7 @@ class Learn:
     reference: Literal["base", "start"] = "base"
     rank: int = 8
     lora_alpha: int = 0
-    adapter: Literal["continue", "stack"] = "continue"
+    adapter: Literal["continue"] = "continue"
     blocks: list[str] = field(default_factory=lambda: ["all"])
     learning_rate: float = 1e-5
     lr_scheduler: Literal["constant", "cosine"] = "constant"
@@ -436,8 +437,12 @@ def _check_learn(at: str, stage: Stage, recipe: Recipe) -> None:
     learn = stage.learn
     if not 0 <= learn.min_timestep < learn.max_timestep <= 1000:
         raise ValueError(f"{at}.min_timestep, max_timestep: {learn.min_timestep}, {learn.max_timestep} lie outside the schedule 0..1000")
-    if learn.adapter == "stack":
-        raise ValueError(f"{at}.adapter: stack is not there yet; use continue")
+    if learn.statistics_weight and learn.reference != "base":
+        raise ValueError(f"{at}.statistics_weight: the term compares with the base model (HG-DPO eq. 4); set {at}.reference: base, or 0")
+    if learn.loss == "sft":
+        ignored = [k for k in ("statistics_weight", "sft_weight", "safeguard") if getattr(learn, k)]
+        if ignored or learn.loser_weight != 1.0:
+            warnings.warn(f"{at}: {', '.join(ignored or ['loser_weight'])} ignored: loss sft has no loser", stacklevel=2)
     for key in ("rank", "lora_alpha", "blocks") if stage.start else ():
         mine, before = getattr(learn, key), getattr(recipe.stages[stage.start].learn, key)
         if mine != before:

@@ -9,6 +9,7 @@ Beside `cli`, this is the only module that knows every folder; each is imported 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -197,6 +198,7 @@ class Run:
         if self._trained(name):
             return
         self._refuse_other(folder, identity)
+        accelerator = make_accelerator()
         pipeline = self._fresh()
         pairs = prepare(pipeline, list(read_rows(self.out / "examples" / name, Example)), self.recipe.sampler.batch_size)
         start = self._adapter_weights(stage.start) if stage.start else None
@@ -212,7 +214,9 @@ class Run:
             pipeline.release()
         else:
             pipeline.move_encoders("cpu")
-        train_stage(pipeline, pairs, learn, folder, stage=name, seed=self.recipe.seed, start=start, samples=samples)
+        train_stage(pipeline, pairs, learn, folder, stage=name, seed=self.recipe.seed, start=start, samples=samples, accelerator=accelerator)
+        if accelerator is not None and not accelerator.is_main_process:
+            return
         lora.save_lora(
             folder / "adapter", pipeline.unet, POLICY, metadata={"stage": name, "recipe": self.recipe.name, "base": pipeline.hash}
         )
@@ -240,6 +244,7 @@ class Run:
             "examples": input_hash(self.out / "examples" / name),
             "seed": self.recipe.seed,
             "model": self.recipe.model.path,
+            "mixed_precision": self.recipe.model.mixed_precision,
         }
 
     def _identity(self, name: str) -> dict[str, Any]:
@@ -450,6 +455,15 @@ def load_scorer(name: str, kind: str, path: str) -> Scorer:
 
     folder = resolve(path, name)
     return dual.load_scorer(folder, name) if kind == "dual" else clip.load_scorer(folder, name)
+
+
+def make_accelerator() -> Any:
+    """An Accelerator under `accelerate launch` with several processes, else None."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    from accelerate import Accelerator
+
+    return Accelerator()
 
 
 def stage_of(recipe: Recipe, name: str) -> Stage:

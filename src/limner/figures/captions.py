@@ -10,13 +10,12 @@ from limner.figures.scene import ATTRIBUTES, Figure
 
 # Which body parts a wrong word speaks of (names of `body.PARTS`; "place" = everything that is not the figure).
 REGION: dict[str, tuple[str, ...]] = {
-    "sex": ("torso", "hips", "face"), "build": ("torso", "hips", "thigh"), "hair": ("hair",), "hair_length": ("hair",),
+    "sex": ("torso", "hips", "face"), "hair": ("hair",), "hair_length": ("hair",),
     "top": ("torso", "upperarm"), "sleeves": ("forearm",), "bottom": ("hips", "thigh"), "legwear": ("calf",),
     "pose": ("upperarm", "forearm", "hand", "thigh", "calf", "shoe"), "place": ("place",),
 }  # fmt: skip
 
 _PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
-    "build": {"slim": ("slim", "thin"), "average": ("",), "heavy": ("heavy", "large")},
     "hair": {"grey": ("grey", "silver")},
     "pose": {
         "standing": ("standing", "standing still"), "walking": ("walking", "taking a walk"), "running": ("running", "jogging"),
@@ -52,7 +51,7 @@ class SwappedCaption:
 def describe(attributes: dict[str, str], seed: int) -> Caption:
     """Write a caption. `seed` fixes template, synonyms and what is left unsaid; other attributes with the same seed differ only in their words.
 
-    Always named: sex, top, sleeves, bottom, legwear, pose, place. Build and hair are named more often than not.
+    Always named: sex, top, sleeves, bottom, legwear, pose, place. Hair is named more often than not.
     """
     rng = np.random.default_rng(seed)
     choice = {name: int(rng.integers(2)) for name in ATTRIBUTES}
@@ -64,7 +63,7 @@ def describe(attributes: dict[str, str], seed: int) -> Caption:
         return [(word, name) for word in options[choice[name] % len(options)].split()]
 
     plain = lambda text: [(word, "") for word in text.split()]  # noqa: E731
-    person = plain("a") + say("build") + say("sex")
+    person = plain("a") + say("sex")
     hair = plain("with") + (say("hair_length") if with_length else []) + say("hair") + plain("hair") if with_hair else []
     if attributes["sleeves"] == "long":
         top = [("long-sleeved", "sleeves"), *say("top"), ("shirt", "")] if choice["sleeves"] else [*say("top"), ("sweater", "sleeves")]
@@ -80,16 +79,14 @@ def describe(attributes: dict[str, str], seed: int) -> Caption:
         person + pose + place + plain("wearing") + both + hair,
         plain("photo of") + person + hair + plain("in") + both + pose + place,
     ][template]
-    words = [(w, a) for w, a in words if w]
-    claimed = {a for _, a in words if a} | ({"build"} if attributes["build"] == "average" else set())
-    claimed -= {"build"} if attributes["build"] == "average" else set()  # saying nothing claims nothing
+    claimed = {a for _, a in words if a}  # saying nothing claims nothing
     return Caption(" ".join(w for w, _ in words), {n: attributes[n] for n in ATTRIBUTES if n in claimed}, tuple(a for _, a in words))
 
 
 def swap(figure: Figure, seed: int, rng: np.random.Generator, count: int | None = None) -> SwappedCaption:
     """The caption of `describe` with one to three attributes (or `count`) replaced by wrong values."""
     right = describe(figure.attributes(), seed)
-    names = [n for n in right.attributes if n != "build"]
+    names = list(right.attributes)
     chosen = sorted(str(n) for n in rng.choice(names, size=count or int(rng.integers(1, 4)), replace=False))
     attributes = figure.attributes()
     for name in chosen:

@@ -63,7 +63,7 @@ def _kernel() -> Any:
         face: wp.array(dtype=wp.int32),  # type: ignore[valid-type]
         depth: wp.array(dtype=wp.float32),  # type: ignore[valid-type]
         normal: wp.array(dtype=wp.vec3),  # type: ignore[valid-type]
-    ):
+    ) -> None:
         i = wp.tid()
         query = wp.mesh_query_ray(mesh, origin[i], wp.vec3(0.0, 1.0, 0.0), 100.0)
         face[i] = -1

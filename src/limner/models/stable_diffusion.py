@@ -7,6 +7,7 @@ latents are already multiplied by the VAE's scaling factor.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,7 +208,7 @@ def wrap(
 def pick_device() -> str:
     """cuda, mps or cpu, whichever is there first."""
     if torch.cuda.is_available():
-        return "cuda"
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # one card a process under `accelerate launch`
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 

@@ -203,5 +203,5 @@ def load_reader(folder: Path) -> FigureReader:
         raise ValueError(f"{folder} holds a {config.get('kind', 'model of another kind')!r}, not a reader")
     model = Reader(config["attributes"], config["joints"], config["channels"], config["width"])
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / "model.safetensors").items()})
-    model.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return FigureReader(model, config["limits"], sha256(folder / "model.safetensors")[:16])

@@ -220,7 +220,10 @@ def train_stage(
     main = accelerator is None or accelerator.is_main_process
     draw = Draw(pairs, learn, seed, stage, accelerator.process_index if accelerator else 0, processes)
     per_step = learn.train_batch_size * learn.gradient_accumulation_steps * processes
-    record = _logger(folder / "log.jsonl", begin, per_step, len(pairs)) if main else (lambda step, metrics: None)
+    write = _logger(folder / "log.jsonl", begin, per_step, len(pairs)) if main else (lambda step, metrics: None)
+
+    def record(step: int, metrics: Metrics) -> None:
+        write(step, _average_metrics(metrics, accelerator) if processes > 1 else metrics)
 
     def save(step: int) -> None:
         if main:
@@ -228,13 +231,16 @@ def train_stage(
                 folder, step, {"adapter": adapter_state(unet, POLICY)}, optimisation, {"stage": stage}, keep=learn.checkpoints_total_limit
             )
 
-    every: list[tuple[int, Callable[[int, Metrics], None]]] = [(1, record), (learn.checkpointing_steps, lambda step, _: save(step))]
+    every: list[tuple[int, Callable[[int, Metrics], None]]] = [(1, record), (learn.checkpointing_steps or learn.max_train_steps, lambda step, _: save(step))]
     if samples is not None and main:
         every.append((learn.sample_steps, lambda step, _: samples(step)))
     fit(
         loss, draw, optimisation, max_train_steps=learn.max_train_steps, start=begin, every=every, save=save, name=f"train {stage}",
         synchronise=(lambda: _average_gradients(parameters, accelerator)) if processes > 1 else None,
     )  # fmt: skip
+    if learn.gradient_checkpointing:
+        unet.disable_gradient_checkpointing()
+        unet.eval()
     return adapter_state(unet, POLICY)
 
 
@@ -253,10 +259,17 @@ def _optimisation(parameters: list[torch.nn.Parameter], learn: Learn) -> Optimis
 
 
 def _average_gradients(parameters: Sequence[torch.nn.Parameter], accelerator: Any) -> None:
-    """One mean over processes. LoRA gradients are small, so this is cheaper and simpler than wrapping the network."""
-    for p in parameters:
-        if p.grad is not None:
-            p.grad = accelerator.reduce(p.grad, reduction="mean")
+    """One mean over processes of all gradients at once. A LoRA's are small, so this is cheaper and simpler than wrapping the network."""
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="mean")
+    for p, mean in zip(parameters, flat.split([g.numel() for g in gradients])):
+        p.grad = mean.view_as(p)
+
+
+def _average_metrics(metrics: Metrics, accelerator: Any) -> Metrics:
+    """The mean over processes of each number, so that the log speaks of the global batch."""
+    means = accelerator.reduce(torch.tensor(list(metrics.values()), device=accelerator.device), reduction="mean")
+    return dict(zip(metrics, means.tolist()))
 
 
 def _logger(path: Path, begin: int, per_step: int, examples: int) -> Callable[[int, Metrics], None]:

@@ -1,0 +1,56 @@
+"""Several processes: the noise, the order and so the result are those of one process with the same global batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from chain import write_recipe
+from limner.cli import main
+
+
+def test_two_processes_train_what_one_with_two_micro_batches_trains(tmp_path):
+    """Two processes of one pair each against one process that accumulates two: same global batches, gradients averaged."""
+    learn = {"max_train_steps": 2, "train_batch_size": 1, "rank": 2, "learning_rate": 1e-3}
+    stage = {"winner": {"from": "pool", "pick": "best", "by": "picker"}, "loser": {"from": "pool", "pick": "worst", "by": "picker"}}
+    logs = []
+    for name, accumulation in (("one", 2), ("two", 1)):
+        recipe = str(
+            write_recipe(
+                tmp_path,
+                output_dir=str(tmp_path / name),
+                stages={"easy": {**stage, "learn": {**learn, "gradient_accumulation_steps": accumulation}}, "normal": None, "hard": None},
+            )
+        )
+        for command in ("pool", "score", "examples"):
+            assert main([command, "--config", recipe]) == 0
+        if name == "one":
+            assert main(["train", "--config", recipe]) == 0
+        else:
+            launch = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nproc_per_node",
+                "2",
+                "--master_port",
+                "0",
+            ]  # accelerate launch on GPUs is the same
+            done = subprocess.run(
+                [*launch, "-m", "limner.cli", "train", "--config", recipe],
+                capture_output=True,
+                text=True,
+                timeout=150,
+                env={**os.environ, "ACCELERATE_USE_CPU": "1"},
+            )
+            assert done.returncode == 0, done.stderr[-2000:]
+        logs.append([json.loads(line) for line in (tmp_path / name / "train/easy/log.jsonl").read_text().splitlines()])
+        assert (tmp_path / name / "train/easy/adapter/pytorch_lora_weights.safetensors").is_file()
+    # The first gradient tells: equal batches, equal noise, gradients averaged. Weights do not: Adam turns rounding into whole steps.
+    for metric in ("loss", "winner_error_difference", "loser_error_difference", "grad_norm"):
+        assert logs[1][0][metric] == pytest.approx(logs[0][0][metric], rel=1e-4, abs=1e-7), metric
+    assert logs[1][1]["loss"] == pytest.approx(logs[0][1]["loss"], rel=0.05)
