@@ -37,7 +37,8 @@ def clip_scorer(folder: Path, seed: int = 0) -> Path:
     tokenizer = tiny_tokenizer()
     text = {
         "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "max_position_embeddings": tokenizer.model_max_length, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
     }  # fmt: skip
     vision = {
         "hidden_size": 16,
@@ -69,12 +70,18 @@ def write_recipe(folder: Path, **changes: object) -> Path:
         "pool": {"images_per_prompt": 3, "prompts_per_shard": 2},
         "scorers": {"picker": {"kind": "clip", "path": str(folder / "picker")}, "judge": {"kind": "clip", "path": str(folder / "judge")}},
         "stages": {
-            "easy": {"winner": {"from": "pool", "pick": "best", **by}, "loser": {"from": "pool", "pick": "worst", **by}, "learn": {**learn, "statistics_weight": 1e4}},
-            "normal": {
-                "start": "easy", "winner": {"from": "reconstruction", "t": [400, 700], **by}, "loser": {"from": "pool", "pick": "best", **by},
-                "keep": "all", "learn": {**learn, "reference": "start"},
+            "easy": {
+                "winner": {"from": "pool", "pick": "best", **by}, "loser": {"from": "pool", "pick": "worst", **by},
+                "learn": {**learn, "statistics_weight": 1e4},
             },
-            "hard": {"start": "normal", "winner": {"from": "reconstruction", "t": [100]}, "loser": {"from": "normal", "role": "winner"}, "learn": learn},
+            "normal": {
+                "start": "easy", "winner": {"from": "reconstruction", "t": [400, 700], **by},
+                "loser": {"from": "pool", "pick": "best", **by}, "keep": "all", "learn": {**learn, "reference": "start"},
+            },
+            "hard": {
+                "start": "normal", "winner": {"from": "reconstruction", "t": [100]}, "loser": {"from": "normal", "role": "winner"},
+                "learn": learn,
+            },
         },
         "generate": {"lora_scale": 0.5, "stage_blocks": {"hard": ["up"]}},
         "evaluate": {"preference": "picker", "judge": "judge", "diversity_prompts": 0},

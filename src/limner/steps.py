@@ -118,8 +118,9 @@ class Run:
         self.prompts(["train"])
         keep = r.pool.keep_latents
         make_pool(
-            self.pipeline, self.out / "prompts/train", self.out / "pool", kind="pool", sampler=r.sampler, images_per_prompt=r.pool.images_per_prompt,
-            resolution=r.data.resolution, seed=r.seed, prompts_per_shard=r.pool.prompts_per_shard, keep_all_latents=keep == "all", part=self.part,
+            self.pipeline, self.out / "prompts/train", self.out / "pool", kind="pool", sampler=r.sampler,
+            images_per_prompt=r.pool.images_per_prompt, resolution=r.data.resolution, seed=r.seed,
+            prompts_per_shard=r.pool.prompts_per_shard, keep_all_latents=keep == "all", part=self.part,
             select=self._selector(selectable(r.stages)) if keep == "selected" else None,
         )  # fmt: skip
 
@@ -151,7 +152,8 @@ class Run:
             self.prompts(["train"])
             r = self.recipe
             make_reconstructions(
-                self.pipeline, self.out / "prompts/train", self.out / "reconstruct", timesteps=self.timesteps, sampler=r.sampler, seed=r.seed,
+                self.pipeline, self.out / "prompts/train", self.out / "reconstruct", timesteps=self.timesteps, sampler=r.sampler,
+                seed=r.seed,
                 prompts_per_shard=r.pool.prompts_per_shard, part=self.part,
             )  # fmt: skip
 
@@ -214,7 +216,9 @@ class Run:
             pipeline.release()
         else:
             pipeline.move_encoders("cpu")
-        train_stage(pipeline, pairs, learn, folder, stage=name, seed=self.recipe.seed, start=start, samples=samples, accelerator=accelerator)
+        train_stage(
+            pipeline, pairs, learn, folder, stage=name, seed=self.recipe.seed, start=start, samples=samples, accelerator=accelerator,
+        )  # fmt: skip
         if accelerator is not None and not accelerator.is_main_process:
             return
         lora.save_lora(

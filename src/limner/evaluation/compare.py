@@ -60,7 +60,8 @@ def compare(
 ) -> dict[str, Any]:
     """The content of metrics.json.
 
-    A metric that could not be measured is absent. `frechet` is the distance to `reference`, or without it to `real`, which then has none itself; `frechet_ratio` is a
+    A metric that could not be measured is absent. `frechet` is the distance to `reference`, or without it to `real`,
+    which then has none itself; `frechet_ratio` is a
     stage's over base's, drawn pairwise; `hue_shift` is against base. `differences` (stage - base, raw) and `wins` (share of prompts on
     which the stage is better; for sharpness: sharper; ties count half) are paired by prompt and seed.
 

@@ -18,7 +18,7 @@ from limner.store import input_hash, is_complete, open_step, read_manifest, read
 
 @dataclass
 class Candidates:
-    """What a stage can choose from, in memory for one curriculum: prompts, images by source and prompt, scores and kept latents by image id.
+    """What a stage can choose from, in memory: prompts, images by source and prompt, scores and kept latents by image id.
 
     images: {"pool" or "reconstruction": {prompt id: images}}; scores: {(scorer, image id): score}; stages: examples of
     earlier stages, {stage: {(group, role): example}}.

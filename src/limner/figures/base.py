@@ -1,8 +1,9 @@
 """Train the embedded base model: a small latent text-to-image diffusion model made of library classes only.
 
-UNet2DConditionModel (4.8 M parameters, 0.37 GFLOP a call at 16×16) and a CLIP text encoder of two layers with an own small vocabulary, trained
-together: v-prediction, SD's scaled-linear schedule, caption dropout for guidance, an exponential moving average of the weights.
-`DiffusionPipeline.from_pretrained(folder)` loads the result. It is meant to be good but flawed: the curriculum needs room.
+UNet2DConditionModel (4.8 M parameters, 0.37 GFLOP a call at 16×16) and a CLIP text encoder of two layers with an own small
+vocabulary, trained together: v-prediction, SD's scaled-linear schedule, caption dropout for guidance, an exponential moving
+average of the weights. `DiffusionPipeline.from_pretrained(folder)` loads the result. It is meant to be good but flawed: the
+curriculum needs room.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from limner.loop import Every, Metrics, Optimisation, fit, schedule
 
 LENGTH = 32  # tokens of a caption
 SPECIAL = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|unknown|>", "pad_token": "<|pad|>"}
-TRAINING_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction", "steps_offset": 1}  # fmt: skip
+TRAINING_SCHEDULE = {
+    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction", "steps_offset": 1,
+}  # fmt: skip
 
 
 def make_tokenizer(captions: Sequence[str], folder: Path) -> CLIPTokenizer:

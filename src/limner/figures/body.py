@@ -122,7 +122,8 @@ def pose(figure: Figure) -> dict[str, torch.Tensor]:
             ("lowerarm01.a", "x", -65), ("lowerarm01.b", "x", -75), ("spine03", "x", 10),
         ],
         "kneeling": [
-            ("upperleg01.a", "x", -8 + 3 * j[8]), ("upperleg01.b", "x", -8 + 3 * j[9]), ("lowerleg01.a", "x", 98), ("lowerleg01.b", "x", 98),
+            ("upperleg01.a", "x", -8 + 3 * j[8]), ("upperleg01.b", "x", -8 + 3 * j[9]),
+            ("lowerleg01.a", "x", 98), ("lowerleg01.b", "x", 98),
             ("foot.a", "x", 45), ("foot.b", "x", 45),
         ],
         "waving": [("upperarm01.a", "y", -hang - 45 + 6 * j[8]), ("lowerarm01.a", "y", -84 + 8 * j[9])],

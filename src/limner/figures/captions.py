@@ -49,7 +49,7 @@ class SwappedCaption:
 
 
 def describe(attributes: dict[str, str], seed: int) -> Caption:
-    """Write a caption. `seed` fixes template, synonyms and what is left unsaid; other attributes with the same seed differ only in their words.
+    """Write a caption. `seed` fixes template, synonyms and what is left unsaid, so that other attributes change their own words only.
 
     Always named: sex, top, sleeves, bottom, legwear, pose, place. Hair is named more often than not.
     """

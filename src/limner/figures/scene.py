@@ -75,7 +75,7 @@ _YAW = {"walking": (35, 70), "running": (40, 75), "kneeling": (35, 75), "kicking
 
 
 def sample(rng: np.random.Generator) -> Figure:
-    """Draw a figure. Attributes are independent of each other except hair length, which leans strongly with sex: at 64 pixels little else shows it."""
+    """Draw a figure. Attributes are independent except hair length, which leans strongly with sex: at 64 pixels little else shows it."""
 
     def pick(values: tuple[str, ...] | list[str]) -> str:
         return str(values[rng.integers(len(values))])

@@ -67,7 +67,7 @@ def to_input(images: list[np.ndarray]) -> Tensor:
 def train_scorer(
     lessons: Lessons, tokenizer: Any, folder: Path, config: DualConfig, *, steps: int, batch: int = 32, lr: float = 1e-3, seed: int = 0
 ) -> DualEncoder:
-    """A preference scorer: CLIP's contrastive loss with swapped captions as hard negatives, and PickScore's loss on pairs whose better one is known.
+    """A preference scorer: PickScore's loss on pairs whose better one is known, and CLIP's with swapped captions as hard negatives.
 
     A pair is sound over defective (half), right over wrong caption (a third), or clean over smeared; both members take the same path.
     """

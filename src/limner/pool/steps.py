@@ -96,8 +96,9 @@ def make_pool(
     prompts = [Prompt(id=p.id, text=p.text, split=p.split, image=p.image) for p in read_rows(prompts_folder, Prompt)]
     prompts = prompts[: limit or None]
     config = {
-        "sampler": asdict(sampler), "images_per_prompt": images_per_prompt, "resolution": resolution, "seed": seed, "model": model or pipeline.hash,
-        "prompts_per_shard": prompts_per_shard, "prompts": len(prompts), "latents": "all" if keep_all_latents else "selected" if select else "none",
+        "sampler": asdict(sampler), "images_per_prompt": images_per_prompt, "resolution": resolution, "seed": seed,
+        "model": model or pipeline.hash, "prompts_per_shard": prompts_per_shard, "prompts": len(prompts),
+        "latents": "all" if keep_all_latents else "selected" if select else "none",
         "dtype": str(pipeline.dtype), "threads": torch.get_num_threads(),
     }  # fmt: skip
     step = open_step(folder, kind, config, {"prompts": input_hash(prompts_folder)})
@@ -119,8 +120,8 @@ def make_pool(
 
 
 def make_reconstructions(
-    pipeline: Pipeline, prompts_folder: Path, folder: Path, *, timesteps: Sequence[int], sampler: Sampler, seed: int, prompts_per_shard: int = 32,
-    limit: int = 0, part: tuple[int, int] = (0, 1),
+    pipeline: Pipeline, prompts_folder: Path, folder: Path, *, timesteps: Sequence[int], sampler: Sampler, seed: int,
+    prompts_per_shard: int = 32, limit: int = 0, part: tuple[int, int] = (0, 1),
 ) -> None:  # fmt: skip
     """SDRecon of every prompt's real image at each timestep; latents are kept (there are few).
 

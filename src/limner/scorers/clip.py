@@ -19,7 +19,10 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 class ClipScorer:
-    """A CLIP model behind the scorer protocol. Images: shorter side to the model's size (bicubic, antialiased), centre crop, CLIP's mean and deviation."""
+    """A CLIP model behind the scorer protocol.
+
+    Images: shorter side to the model's size (bicubic, antialiased), centre crop, CLIP's mean and deviation.
+    """
 
     higher_is_better = True
     comparable_across_prompts = True

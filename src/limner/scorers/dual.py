@@ -89,7 +89,8 @@ class DualEncoder(nn.Module):
         self.head = nn.Linear(last if self.mixer else 2 * last, config.width)
         self.text = CLIPTextModel(
             CLIPTextConfig(
-                vocab_size=vocabulary["vocab_size"], hidden_size=config.width, intermediate_size=4 * config.width, num_hidden_layers=config.text_layers,
+                vocab_size=vocabulary["vocab_size"], hidden_size=config.width, intermediate_size=4 * config.width,
+                num_hidden_layers=config.text_layers,
                 num_attention_heads=4, max_position_embeddings=vocabulary["length"], bos_token_id=vocabulary["bos_token_id"],
                 eos_token_id=vocabulary["eos_token_id"], pad_token_id=vocabulary["pad_token_id"],
             )

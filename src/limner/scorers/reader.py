@@ -56,8 +56,8 @@ class Reader(nn.Module):
         self.defect = nn.Linear(width, 1)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, 64, 64) in [0, 1] to logits: each attribute (B, values), joints (B, J, 32, 32), defect_map (B, 32, 32), defect (B,),
-        and the hidden layers summary and soundness (B, width)."""
+        """Images (B, 3, 64, 64) in [0, 1] to logits: each attribute (B, values), joints (B, J, 32, 32), defect_map (B, 32, 32),
+        defect (B,), and the hidden layers summary and soundness (B, width)."""
         x = ((images - 0.5) * 4).contiguous(memory_format=torch.channels_last)
         half = self.fine_half(x)
         quarter = self.quarter(half)
@@ -138,7 +138,10 @@ class FigureReader:
 
 
 def peaks(heat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Heatmaps (B, J, H, W) in [0, 1] to the heights of the highest and the second local maximum (B, J) and the place of the first (B, J, 2), x and y in 0..1."""
+    """Heatmaps (B, J, H, W) in [0, 1] to the heights of the two highest local maxima (B, J) and the place of the first (B, J, 2).
+
+    Places are x and y in 0..1.
+    """
     h, w = heat.shape[-2:]
     top = F.max_pool2d(heat, 5, 1, 2)
     local = torch.where(heat == top, heat, torch.zeros_like(heat)).flatten(2)
@@ -148,7 +151,7 @@ def peaks(heat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def joint_measures(names: Sequence[str], first: np.ndarray, second: np.ndarray, spots: np.ndarray) -> dict[str, np.ndarray]:
-    """Numbers that tell a sound skeleton: `second` (the highest second peak), `unseen` (joints without a peak) and a ratio a bone (NaN if unseen)."""
+    """Numbers that tell a sound skeleton: `second` (highest second peak), `unseen` (joints), a ratio a bone (NaN if unseen)."""
     seen = first > PEAK
     at = {n: i for i, n in enumerate(names)}
     hips = (spots[:, at["left_hip"]] + spots[:, at["right_hip"]]) / 2

@@ -23,7 +23,7 @@ from torch import Tensor
 from limner import checkpoint, seeds
 from limner.config import Learn
 from limner.images import decode_batch, image_size
-from limner.loop import Metrics, Optimisation, fit, schedule
+from limner.loop import Every, Metrics, Optimisation, fit, schedule
 from limner.models.lora import adapter_as, adapter_off, adapter_state, add_lora, copy_adapter, load_adapter_state
 from limner.models.stable_diffusion import Pipeline
 from limner.records import Example
@@ -36,7 +36,7 @@ POLICY, START = "policy", "start"
 
 @dataclass
 class Pairs:
-    """Examples ready to learn from: latents (C, h, w) a row by role, the texts' states (T, L, D), which text each row has, and the empty text's state."""
+    """Examples ready to learn from: latents (C, h, w) a row by role, text states (T, L, D) and which a row has, the empty text's."""
 
     names: list[str]
     winner: list[Tensor]
@@ -231,7 +231,7 @@ def train_stage(
                 folder, step, {"adapter": adapter_state(unet, POLICY)}, optimisation, {"stage": stage}, keep=learn.checkpoints_total_limit
             )
 
-    every: list[tuple[int, Callable[[int, Metrics], None]]] = [(1, record), (learn.checkpointing_steps or learn.max_train_steps, lambda step, _: save(step))]
+    every: list[Every] = [(1, record), (learn.checkpointing_steps or learn.max_train_steps, lambda step, _: save(step))]
     if samples is not None and main:
         every.append((learn.sample_steps, lambda step, _: samples(step)))
     fit(

@@ -1,0 +1,163 @@
+"""The renderer and its truth: what is claimed of a picture can be found in it."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("anny", reason="the renderer needs the extra `figures`")
+
+from limner.figures import captions, defects, lessons, make, scene
+from limner.figures.body import JOINTS, PARTS, build_meshes
+from limner.figures.render import camera, cast, turn
+
+
+@pytest.fixture(scope="module")
+def drawn() -> list[make.Drawn]:
+    return list(make.draw("reader", 0, 24, defects=True))
+
+
+@pytest.fixture(scope="module")
+def figures() -> list[scene.Figure]:
+    rng = np.random.default_rng(7)
+    return [scene.sample(rng) for _ in range(300)]
+
+
+def test_everyone_is_adult_and_every_value_occurs(figures):
+    assert min(f.age for f in figures) >= 0.66
+    for name, values in scene.ATTRIBUTES.items():
+        assert {getattr(f, name) for f in figures} == set(values)
+
+
+def test_clothes_cover_torso_hips_and_thighs(figures):
+    """Skin is seen on hands, neck, face, and at most forearms and calves."""
+    for f in figures:
+        colours = scene.palette(f)
+        skin = scene.SKIN[f.skin]
+        assert skin not in (colours["torso"], colours["hips"], colours["thigh"], colours["upperarm"])
+
+
+def test_the_whole_figure_is_in_the_frame_with_its_feet_low(figures):
+    for f, mesh in zip(figures[:32], build_meshes(figures[:32])):
+        x0, z0, side = camera(f, mesh)
+        v = turn(mesh.vertices, f.yaw)
+        assert x0 - side / 2 <= v[:, 0].min() and v[:, 0].max() <= x0 + side / 2
+        assert z0 <= v[:, 2].min() and v[:, 2].max() <= z0 + side
+        lowest = 1 - (v[:, 2].min() - z0) / side
+        assert lowest > f.horizon, "the feet stand on the ground, below the line where it ends"
+
+
+def test_a_figure_depends_on_its_number_only():
+    """Numbers 3 to 6 of a split are the same pictures, whatever else is drawn."""
+    some = [make.png(d.sound.image) for d in make.draw("test", 3, 6)]
+    more = [make.png(d.sound.image) for d in make.draw("test", 0, 8)]
+    assert some == more[3:6]
+
+
+def test_splits_share_no_attributes(figures):
+    """A split owns its part of the attribute space, so its captions occur in no other."""
+    seen = {}
+    for split in ("train", "validation", "test", "scorer"):
+        for d in make.draw(split, 0, 12):
+            assert make.split_of(d.figure) == split
+            key = tuple(d.figure.attributes().values())
+            assert seen.setdefault(key, split) == split
+
+
+def test_visible_joints_lie_on_the_figure(drawn):
+    """At 64 pixels a visible joint has a figure pixel within one pixel."""
+    for d in drawn:
+        body = d.sound.part >= 0
+        for k in np.flatnonzero(d.sound.visible):
+            x, y = (d.sound.joints[k] * 64).astype(int)
+            near = body[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2]
+            assert near.any(), JOINTS[k]
+
+
+def test_parts_have_their_colours(drawn):
+    """Where the part mask says torso, the picture has the shirt's hue: its strongest channel is the shirt's."""
+    for d in drawn:
+        shirt = np.array(scene.CLOTH[d.figure.top])
+        if np.ptp(shirt) < 60:
+            continue  # black and white have no hue
+        torso = d.sound.image[d.sound.part == PARTS.index("torso")].astype(float)
+        assert torso.mean(0).argmax() == shirt.argmax()
+
+
+def test_defects_change_the_picture_where_the_mask_says(drawn):
+    for d in drawn:
+        wrong = d.defective
+        assert wrong.kind in defects.DEFECTS
+        assert wrong.mask.sum() >= defects.MIN_PIXELS or wrong.kind == "smeared_texture"
+        changed = np.abs(wrong.picture.image.astype(int) - d.sound.image).max(-1) > 24
+        near = np.zeros_like(changed)
+        rows, cols = np.nonzero(wrong.mask)
+        for dy in (-2, -1, 0, 1, 2):
+            for dx in (-2, -1, 0, 1, 2):
+                near[(rows + dy).clip(0, 63), (cols + dx).clip(0, 63)] = True
+        assert changed[wrong.mask].any()
+        if wrong.kind in ("extra_limb", "missing_limb"):
+            assert near[changed].mean() > 0.9, wrong.kind
+
+
+@pytest.mark.parametrize("kind", defects.DEFECTS)
+def test_each_defect_says_what_it_did_to_the_joints(kind):
+    """An extra limb adds joints, a missing one takes the limb's end away; the others add none."""
+    rng = np.random.default_rng(3)
+    for d in make.draw("reader", 30, 33):
+        mesh = build_meshes([d.figure])[0]
+        sound = cast(d.figure, mesh, 64)
+        wrong = defects.make_defective(d.figure, mesh, sound, rng, kind)
+        assert wrong.kind == kind
+        if kind == "missing_limb":
+            end = "head" if wrong.limb == "head" else f"{wrong.limb.split('_')[0]}_{'wrist' if 'arm' in wrong.limb else 'ankle'}"
+            assert not wrong.picture.visible[JOINTS.index(end)]
+        if kind != "extra_limb":
+            assert wrong.extra_joints == []
+
+
+def test_captions_claim_only_what_is_true(figures):
+    """Every claimed value's words are in the caption, and every word with an attribute speaks of a claimed one."""
+    for i, f in enumerate(figures[:100]):
+        caption = captions.describe(f.attributes(), i)
+        words = caption.text.split()
+        assert len(words) == len(caption.words)
+        assert {a for a in caption.words if a} == set(caption.attributes)
+        assert {"sex", "top", "bottom", "pose", "place", "sleeves", "legwear"} <= set(caption.attributes)
+        assert all(caption.attributes[n] == getattr(f, n) for n in caption.attributes)
+        assert f.sex in words and f.top in words and f.bottom in words
+
+
+def test_swapped_words_are_where_the_captions_differ(figures):
+    """With as many words as the right caption, exactly the listed ones differ."""
+    rng = np.random.default_rng(0)
+    compared = 0
+    for i, f in enumerate(figures[:100]):
+        right, wrong = captions.describe(f.attributes(), i).text.split(), captions.swap(f, i, rng)
+        words = wrong.text.split()
+        assert wrong.wrong_words
+        if len(words) == len(right):
+            different = {k for k, (a, b) in enumerate(zip(right, words)) if a != b}
+            assert different <= set(wrong.wrong_words)
+            compared += 1
+        assert wrong.region
+    assert compared > 30
+
+
+def test_rows_decode_to_what_was_drawn(drawn):
+    row = make.row("reader", drawn[0])
+    assert (np.array(Image.open(io.BytesIO(row["image"]))) == drawn[0].sound.image).all()
+    assert row["swapped_prompt"] != row["prompt"]
+
+
+def test_heatmaps_peak_at_the_joints_and_mirror_with_them():
+    """A joint at (0.25, 0.5) of a 32-pixel map peaks at column 8, row 16; mirrored, the other side's joint peaks at column 24."""
+    left, right = JOINTS.index("left_wrist"), JOINTS.index("right_wrist")
+    heat = lessons.heatmaps([(left, 8.5 / 32, 16.5 / 32)])
+    assert heat[left].argmax() == 16 * 32 + 8 and heat[left].max() == pytest.approx(1)
+    assert heat[right].max() == 0
+    mirrored = lessons.heatmaps(lessons.mirror_joints([(left, 8.5 / 32, 16.5 / 32)]))
+    assert mirrored[right].argmax() == 16 * 32 + 23

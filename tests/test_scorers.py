@@ -1,0 +1,149 @@
+"""Small scorers and the reader: losses by hand, saved and loaded alike, independent of batch mates."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from chain import clip_scorer
+from limner.records import Image
+from limner.scorers import clip, dual, losses, reader
+from limner.scorers.steps import score_images
+from tiny import tiny_tokenizer
+
+
+def test_pickscore_loss_by_hand():
+    """Scores 2 and 0, first preferred: -log(e^2 / (e^2 + 1)) = log(1 + e^-2) = 0.12693. A tie at equal scores costs nothing."""
+    one = losses.pickscore(torch.tensor([2.0]), torch.tensor([0.0]))
+    assert one.item() == pytest.approx(math.log(1 + math.exp(-2)), abs=1e-6)
+    tie = losses.pickscore(torch.tensor([1.0]), torch.tensor([1.0]), 0.5)
+    assert tie.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_contrastive_loss_by_hand():
+    """Two orthogonal matching pairs at scale 1: each row's softmax is e/(e+1), so the loss is log(1 + e^-1)."""
+    eye = torch.eye(2)
+    assert losses.contrastive(eye, eye, torch.tensor(1.0)).item() == pytest.approx(math.log(1 + math.exp(-1)), abs=1e-6)
+    harder = losses.contrastive(eye, eye, torch.tensor(1.0), eye)
+    assert harder > losses.contrastive(eye, eye, torch.tensor(1.0))
+
+
+@pytest.fixture(scope="module")
+def scorers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scorers")
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    config = dual.DualConfig(channels=(8, 16, 16), attention_layers=1, width=16, text_layers=1, size=32)
+    model = dual.DualEncoder(config, dual.vocabulary_of(tokenizer))
+    model.train()
+    model.encode_images(torch.rand(8, 3, 32, 32))  # so that batch norm has statistics of its own
+    dual.save_scorer(model.eval(), tokenizer, folder / "dual")
+    return {
+        "dual": dual.load_scorer(folder / "dual", "dual"),
+        "clip": clip.load_scorer(clip_scorer(folder / "clip"), "clip"),
+        "model": model,
+    }
+
+
+PROMPTS = ["a man in red", "a woman in blue", "a man in red"]
+
+
+@pytest.mark.parametrize("kind", ["dual", "clip"])
+def test_scores_do_not_depend_on_batch_mates(scorers, kind):
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    together = scorers[kind](images, PROMPTS)
+    alone = torch.cat([scorers[kind](images[i : i + 1], PROMPTS[i : i + 1]) for i in range(3)])
+    assert torch.allclose(together, alone, rtol=1e-5, atol=1e-6)
+    assert together[0] != together[2], "another image, another score"
+    low, high = scorers[kind].range
+    assert low <= together.min() and together.max() <= high
+
+
+def test_a_saved_scorer_scores_as_before(scorers):
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    model, loaded = scorers["model"], scorers["dual"]
+    with torch.no_grad():
+        text = model.encode_tokens(dual.tokenize(loaded.tokenizer, PROMPTS[:2]))
+        expected = (model.encode_images(images) * text).sum(1) * model.log_scale.exp()
+    assert torch.allclose(loaded(images, PROMPTS[:2]), expected, atol=1e-5)
+    assert len(loaded.revision) == 16
+
+
+def test_images_outside_the_contract_are_refused(scorers):
+    with pytest.raises(ValueError, match=r"expected \[0, 1\]"):
+        scorers["dual"](torch.rand(1, 3, 32, 32) * 255, ["a man"])
+
+
+def test_the_wrong_kind_of_scorer_says_so(tmp_path):
+    folder = clip_scorer(tmp_path / "clip")
+    with pytest.raises(ValueError, match=r"scorers\.mine\.path: .* another kind of model; set scorers\.mine\.kind"):
+        dual.load_scorer(folder, "mine")
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        clip.load_scorer(tmp_path, "mine")
+
+
+def test_a_score_that_is_no_number_is_missing_with_a_reason(scorers):
+    class Broken:
+        name, revision = "broken", ""
+
+        def __call__(self, images, prompts):
+            return torch.tensor([math.nan] * len(prompts))
+
+    from limner.images import encode_png
+
+    image = Image(id="a/0", prompt_id="a", text="a man", image=encode_png(torch.rand(3, 32, 32)))
+    found = score_images([image], [Broken(), scorers["dual"]])  # type: ignore[list-item]
+    assert found[0].score is None and "nan" in (found[0].reason or "")
+    assert found[1].score is not None
+
+
+JOINTS = [
+    "head", "neck", "left_shoulder", "left_elbow", "left_wrist", "right_shoulder", "right_elbow", "right_wrist",
+    "left_hip", "left_knee", "left_ankle", "right_hip", "right_knee", "right_ankle",
+]  # fmt: skip
+
+
+def test_peaks_finds_both_maxima():
+    """A map with 0.9 at (x 3, y 5) and 0.6 at (x 20, y 10) of 32×32: heights 0.9 and 0.6, first at (3.5, 5.5)/32."""
+    heat = torch.zeros(1, 1, 32, 32)
+    heat[0, 0, 5, 3], heat[0, 0, 10, 20], heat[0, 0, 5, 4] = 0.9, 0.6, 0.7
+    first, second, where = reader.peaks(heat)
+    assert first.item() == pytest.approx(0.9) and second.item() == pytest.approx(0.6)
+    assert where[0, 0].tolist() == pytest.approx([3.5 / 32, 5.5 / 32])
+
+
+def test_a_limb_twice_as_long_is_implausible():
+    """Limits of 200 alike skeletons with small noise: their mean passes, one with a forearm of double length does not."""
+    rng = np.random.default_rng(0)
+    spots = rng.uniform(0.2, 0.8, (1, 14, 2)) + rng.normal(0, 0.004, (200, 14, 2))
+    first, second = np.full((200, 14), 0.9), np.full((200, 14), 0.05)
+    limits = reader.measure_limits(JOINTS, first, second, spots)
+    model = reader.Reader({"sex": ["man", "woman"]}, JOINTS, (8, 8, 8), 8)
+    judge = reader.FigureReader(model, limits)
+    middle = spots.mean(0, keepdims=True)
+    long = middle.copy()
+    elbow, wrist = JOINTS.index("left_elbow"), JOINTS.index("left_wrist")
+    long[0, wrist] = long[0, elbow] + 2 * (long[0, wrist] - long[0, elbow])
+    assert judge._doubt(first[:1], second[:1], middle)[0] <= 1
+    assert judge._doubt(first[:1], second[:1], long)[0] > 1
+    doubled = second[:1].copy()
+    doubled[0, wrist] = 0.8
+    assert judge._doubt(first[:1], doubled, middle)[0] > 1
+
+
+def test_a_saved_reader_reads_as_before(tmp_path):
+    torch.manual_seed(0)
+    model = reader.Reader({"sex": ["man", "woman"], "top": ["red", "blue", "green"]}, JOINTS, (8, 8, 16), 8).eval()
+    limits = {k: [-1.0, 1.0] for k in ["second", "unseen", *(f"{a}-{b}" for a, b in reader.BONES)]}
+    first = reader.FigureReader(model, limits)
+    reader.save_reader(first, tmp_path)
+    second = reader.load_reader(tmp_path)
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    a, b = first.read(images), second.read(images, batch_size=1)
+    assert np.allclose(a.features, b.features, atol=1e-4)
+    assert np.allclose(a.defect, b.defect, atol=1e-5)
+    claimed = [{"sex": model.attributes["sex"][i], "place": "park"} for i in a.attributes["sex"]]
+    assert first.attribute_accuracy(a, claimed).tolist() == [1, 1, 1]
