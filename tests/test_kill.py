@@ -22,7 +22,15 @@ CLOCK = ("seconds", "images_per_second", "peak_memory_mb")
 
 # processes are forked from one that has imported everything: they start at once, and die as any process
 context = multiprocessing.get_context("forkserver")
-STEPS = ["limner.steps", "limner.pool.steps", "limner.scorers.clip", "limner.scorers.dual", "limner.training.stage", "limner.models.card"]
+STEPS = [
+    "limner.steps",
+    "limner.cli",
+    "limner.pool.steps",
+    "limner.scorers.clip",
+    "limner.scorers.dual",
+    "limner.training.stage",
+    "limner.models.card",
+]
 context.set_forkserver_preload([*STEPS, "jsonargparse", "pandas"])
 
 

@@ -97,27 +97,25 @@ def dispatch(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         print(dump(recipe))
         return 0
 
-    from limner.steps import Run, stage_of
+    from limner import steps
 
     quiet_libraries()
-
-    run = Run(recipe, part=parse_part(getattr(args, "shard", "0/1")))
+    run = steps.Run(recipe, part=parse_part(getattr(args, "shard", "0/1")))
     if args.dry_run:
         from limner.estimate import dry_run
 
         return dry_run(run)
-    if getattr(args, "stage", None):
-        stage_of(recipe, args.stage)
-    stages = [args.stage] if getattr(args, "stage", None) else list(recipe.stages)
-    actions: dict[str, Callable[[], object]] = {
-        "run": run.run, "pool": run.pool, "reconstruct": run.reconstruct, "score": run.score, "generate": run.generate,
-        "evaluate": run.evaluate, "report": run.report,
-    }  # fmt: skip
     if args.command in ("examples", "train"):
-        for stage in stages:
-            getattr(run, args.command)(stage)
-    else:
-        actions[args.command]()
+        if args.stage:
+            steps.stage_of(recipe, args.stage)
+        for stage in [args.stage] if args.stage else recipe.stages:
+            (steps.examples if args.command == "examples" else steps.train)(run, stage)
+        return 0
+    actions: dict[str, Callable[[steps.Run], object]] = {
+        "run": steps.run_all, "pool": steps.pool, "reconstruct": steps.reconstruct, "score": steps.score, "generate": steps.generate,
+        "evaluate": steps.evaluate, "report": steps.report,
+    }  # fmt: skip
+    actions[args.command](run)
     return 0
 
 

@@ -205,6 +205,15 @@ def wrap(
     )  # fmt: skip
 
 
+def save_pipeline(pipeline: Pipeline, folder: Path) -> None:
+    """Write a pipeline as a diffusers folder that `load_pipeline` and `DiffusionPipeline.from_pretrained` read. No adapter may be on."""
+    parts = {"unet": pipeline.unet, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder, "tokenizer": pipeline.tokenizer}
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler_config)
+    StableDiffusionPipeline(
+        **parts, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    ).save_pretrained(folder)
+
+
 def pick_device() -> str:
     """cuda, mps or cpu, whichever is there first."""
     if torch.cuda.is_available():

@@ -1,0 +1,35 @@
+"""The steps of a recipe, in order. Beside `cli` and `estimate` the only modules that know every folder; each imports what it uses."""
+
+from __future__ import annotations
+
+from limner.config import dump
+from limner.steps.judge import evaluate, generate, report
+from limner.steps.learn import train
+from limner.steps.make import examples, pool, prompts, reconstruct, score
+from limner.steps.run import BASE, Run, resolve, stage_of
+from limner.store import write_atomic
+
+
+def run_all(run: Run) -> None:
+    """Every step in order; finished ones are skipped. A stage `base` comes first: pools and references are made with its model."""
+    run.out.mkdir(parents=True, exist_ok=True)
+    write_atomic(run.out / "recipe.yaml", dump(run.recipe))
+    prompts(run, ["train", run.recipe.evaluate.split])
+    if BASE in run.recipe.stages:
+        examples(run, BASE)
+        train(run, BASE)
+    pool(run)
+    reconstruct(run)
+    score(run)
+    for stage in run.recipe.stages:
+        examples(run, stage)
+        train(run, stage)
+    generate(run)
+    evaluate(run)
+    report(run)
+
+
+__all__ = [
+    "BASE", "Run", "evaluate", "examples", "generate", "pool", "prompts", "reconstruct", "report", "resolve", "run_all", "score",
+    "stage_of", "train",
+]  # fmt: skip

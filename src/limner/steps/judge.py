@@ -1,0 +1,117 @@
+"""The steps that show whether it helped: generate, evaluate, report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from limner.config import dump
+from limner.steps.learn import identity_of
+from limner.steps.make import prompts
+from limner.steps.run import FIGURES, Run, resolve
+from limner.store import write_atomic
+
+if TYPE_CHECKING:
+    from limner.records import Prompt, Score
+
+DIVERSITY_SEEDS = 4
+
+
+def generate(run: Run, only: Sequence[str] = ()) -> None:
+    """One image of every evaluation prompt from the base and from each stage, at equal seeds; more of some, for diversity."""
+    from limner.models.lora import load_lora, set_adapter_scale
+    from limner.pool.steps import make_pool
+
+    r, split = run.recipe, run.recipe.evaluate.split
+    prompts(run, [split])
+    for model in ["base", *run.compared]:
+        if only and model not in only:
+            continue
+        jobs = [(run.out / "generate" / split / model, 1, 0)]
+        if r.evaluate.diversity_prompts:
+            jobs.append((run.out / "generate" / f"{split}-diversity" / model, DIVERSITY_SEEDS, r.evaluate.diversity_prompts))
+        pipeline, name = run.fresh(), "base"
+        if model != "base":
+            scale = r.generate.stage_lora_scale.get(model, r.generate.lora_scale)
+            blocks = r.generate.stage_blocks.get(model, r.generate.blocks)
+            load_lora(pipeline.unet, run.out / "train" / model / "adapter", "policy")
+            set_adapter_scale(pipeline.unet, "policy", scale, blocks)
+            name = f"{model}:{identity_of(run, model).get('adapter', '')}:{scale:g}:{'+'.join(blocks)}"
+        for folder, count, limit in jobs:
+            make_pool(
+                pipeline, run.out / "prompts" / split, folder, kind="generate", sampler=r.sampler, images_per_prompt=count,
+                resolution=r.data.resolution, seed=r.seed + 1, limit=limit, model=name if model != "base" else "", prompts_per_shard=64,
+            )  # fmt: skip
+
+
+def evaluate(run: Run) -> dict[str, Any]:
+    """Measure every model, compare with the base, write metrics.json."""
+    from limner.evaluation.compare import compare
+    from limner.evaluation.distances import principal_components
+    from limner.evaluation.measure import features_of, measure_images, measure_real
+    from limner.records import Image, Prompt
+    from limner.store import read_rows
+
+    e, split, reader = run.recipe.evaluate, run.recipe.evaluate.split, run.reader()
+    prompts = {p.id: p for p in read_rows(run.out / "prompts" / split, Prompt)}
+    scorers = {role: run.scorers[n] for role in ("preference", "judge") if (n := getattr(e, role))}
+    measured = []
+    for model in ["base", *run.compared]:
+        images = list(read_rows(run.out / "generate" / split / model, Image))
+        more = run.out / "generate" / f"{split}-diversity" / model
+        diverse = list(read_rows(more, Image)) if e.diversity_prompts else []
+        measured.append(measure_images(model, images, prompts, scorers, reader, diverse))
+    n = len(measured[0].images or [])
+    real, reference = measure_real(list(prompts.values()), n, scorers, reader), None
+    pca = None
+    if reader is not None:
+        others = _other_real(run, split, set(prompts), n)
+        reference = features_of(others, reader) if len(others) == n else None
+        training = [p for p, _ in zip(read_rows(run.out / "prompts/train", Prompt), range(1000)) if p.image]
+        pca = principal_components(features_of(training, reader), min(64, len(training) - 1)) if len(training) > 2 else None
+    circular = {"preference"} if "preference" in scorers else set()
+    metrics = compare(real, measured[0], measured[1:], pca, circular, run.recipe.seed, run.command, reference)
+    write_atomic(run.out / "metrics.json", json.dumps(metrics, indent=1, sort_keys=True) + "\n")
+    return metrics
+
+
+def _other_real(run: Run, split: str, used: set[str], n: int) -> list[Prompt]:
+    """n real images of the split that no evaluated prompt belongs to: what real is compared with."""
+    from limner.inputs import read_prompts
+    from limner.records import Prompt
+
+    data = run.recipe.data
+    found = read_prompts(resolve(getattr(data, split), split), split, caption_column=data.caption_column, image_column=data.image_column)
+    others = [p for p in found if p.id not in used and p.image is not None]
+    return [Prompt(id=p.id, text=p.text, split=p.split, image=p.image, truth=p.truth) for p in others[:n]]
+
+
+def report(run: Run) -> None:
+    """Write report.html and a sheet of samples, and print the table."""
+    from limner.evaluation.report import FIGURES_NOTE, print_table, read_curves, sheet, write_report
+    from limner.records import Image, Prompt
+    from limner.scorers.steps import score_images
+    from limner.store import read_rows
+
+    try:
+        metrics = json.loads((run.out / "metrics.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{run.out}/metrics.json: not there; run `limner evaluate` first") from None
+    split, e = run.recipe.evaluate.split, run.recipe.evaluate
+    prompts = list(read_rows(run.out / "prompts" / split, Prompt))
+    made = {m: list(read_rows(run.out / "generate" / split / m, Image)) for m in ["base", *run.compared]}
+    pictures = {m: [i.image for i in images] for m, images in made.items()}
+    if all(p.image for p in prompts):
+        pictures = {"real": [p.image or b"" for p in prompts], **pictures}
+    judged: dict[str, list[Score]] = {m: score_images(i, [run.scorers[e.judge]]) for m, i in made.items()} if e.judge else {}
+    write_report(
+        run.out / "report.html", metrics=metrics, images=pictures, prompts=[p.text for p in prompts],
+        curves=read_curves({s: run.out / "train" / s / "log.jsonl" for s in run.compared}),
+        judge_scores={m: [s.score if s.score is not None else float("nan") for s in scores] for m, scores in judged.items()},
+        command=metrics["command"], recipe_yaml=dump(run.recipe), note=FIGURES_NOTE if run.recipe.model.path == FIGURES else "",
+        title=f"Limner: {run.recipe.name or run.out.name}", num_examples=e.num_examples,
+    )  # fmt: skip
+    sheet({m: x[:6] for m, x in pictures.items()}, [p.text for p in prompts[:6]], run.out / "samples.png")
+    print_table(metrics)
+    print(f"wrote {run.out / 'report.html'} and {run.out / 'metrics.json'}")

@@ -1,0 +1,172 @@
+"""The step that trains a stage, and what tells whether it is done."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from limner.config import dump, to_dict
+from limner.steps.make import prompts
+from limner.steps.run import BASE, Run
+from limner.store import differences, input_hash, write_atomic
+
+if TYPE_CHECKING:
+    from limner.models.stable_diffusion import Pipeline
+
+
+def train(run: Run, name: str) -> None:
+    """Train a stage's adapter and write it in both LoRA formats, with a model card."""
+    from limner import seeds
+    from limner.models import lora
+    from limner.models.card import write_card
+    from limner.records import Example
+    from limner.store import read_rows
+    from limner.training.losses import equivalent_betas
+    from limner.training.stage import POLICY, prepare, train_stage
+
+    stage, folder = run.recipe.stages[name], run.out / "train" / name
+    identity = _stage_identity(run, name)
+    if _trained(run, name):
+        return
+    _refuse_other(run, folder, identity)
+    accelerator = make_accelerator()
+    pipeline = run.fresh()
+    pairs = prepare(pipeline, list(read_rows(run.out / "examples" / name, Example)), run.recipe.sampler.batch_size)
+    start = _adapter_weights(run, stage.start) if stage.start else None
+    learn = stage.learn
+    per_step = learn.train_batch_size * learn.gradient_accumulation_steps
+    print(f"train {name}: {len(pairs)} examples, {per_step} a step, {learn.max_train_steps} steps, rank {learn.rank}")
+    if learn.loss == "dpo":
+        betas = equivalent_betas(learn.beta, pairs.winner[0].numel())
+        print("  beta " + "; ".join(f"{v:g} per {k}" for k, v in betas.items()))
+    write_atomic(folder / "identity.json", json.dumps(identity, indent=1, sort_keys=True))
+    samples = _sampler_grid(run, pipeline, folder / "samples") if learn.sample_steps else None
+    if samples is None:  # pairs are prepared: from here on only the UNet is needed
+        pipeline.release()
+    else:
+        pipeline.move_encoders("cpu")
+    train_stage(
+        pipeline, pairs, learn, folder, stage=name, seed=run.recipe.seed, start=start, samples=samples, accelerator=accelerator,
+    )  # fmt: skip
+    if accelerator is not None and not accelerator.is_main_process:
+        return
+    lora.save_lora(folder / "adapter", pipeline.unet, POLICY, metadata={"stage": name, "recipe": run.recipe.name, "base": pipeline.hash})
+    grids = sorted((folder / "samples").glob("*.png"))
+    write_card(
+        folder / "adapter", base_model=run.recipe.model.path, command=run.command, recipe_yaml=dump(run.recipe), stage=name,
+        samples=grids[-1] if grids else None,
+    )  # fmt: skip
+    identity["adapter"] = f"{seeds.seed_of((folder / 'adapter/pytorch_lora_weights.safetensors').read_bytes().hex()):016x}"
+    write_atomic(folder / "identity.json", json.dumps(identity, indent=1, sort_keys=True))
+    if name == BASE:
+        _save_tuned_base(run)
+    print(f"train {name}: wrote {folder / 'adapter'}")
+
+
+def _save_tuned_base(run: Run) -> None:
+    """Merge the adapter of the stage `base` into the model and keep that as a diffusers folder: all later stages start from it."""
+    from limner.models.lora import load_lora, merge_adapter
+    from limner.models.stable_diffusion import save_pipeline
+
+    pipeline = run.fresh()
+    load_lora(pipeline.unet, run.out / "train" / BASE / "adapter", "tuned")
+    merge_adapter(pipeline.unet, "tuned")
+    partial = run.tuned_base.with_name(".model.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_pipeline(pipeline, partial)
+    partial.rename(run.tuned_base)
+
+
+def _stage_identity(run: Run, name: str) -> dict[str, Any]:
+    """What decides a stage's weights."""
+    stage = run.recipe.stages[name]
+    learn = to_dict(stage.learn)
+    for key in ("checkpointing_steps", "checkpoints_total_limit", "sample_steps", "gradient_checkpointing"):
+        learn.pop(key)  # do not change the result
+    started = identity_of(run, stage.start).get("adapter", "") if stage.start else ""
+    return {
+        "learn": learn,
+        "start": started,
+        "examples": input_hash(run.out / "examples" / name),
+        "seed": run.recipe.seed,
+        "model": run.recipe.model.path,
+        "mixed_precision": run.recipe.model.mixed_precision,
+    }
+
+
+def identity_of(run: Run, name: str) -> dict[str, Any]:
+    path = run.out / "train" / name / "identity.json"
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def _trained(run: Run, name: str) -> bool:
+    found = identity_of(run, name)
+    return "adapter" in found and {k: v for k, v in found.items() if k != "adapter"} == json.loads(json.dumps(_stage_identity(run, name)))
+
+
+def _refuse_other(run: Run, folder: Path, identity: dict[str, Any]) -> None:
+    """A folder of another configuration is an error, not something to overwrite."""
+    path = folder / "identity.json"
+    if path.is_file():
+        found = {k: v for k, v in json.loads(path.read_text()).items() if k != "adapter"}
+        wanted = json.loads(json.dumps(identity))
+        if found != wanted:
+            raise ValueError(
+                f"{folder} was trained with another configuration:\n  "
+                + "\n  ".join(differences(found, wanted))
+                + "\nRemove it or choose another output_dir."
+            )
+
+
+def _adapter_weights(run: Run, name: str) -> dict[str, Any]:
+    """The final adapter of a stage, as `load_adapter_state` takes it."""
+    from limner import checkpoint
+
+    found = checkpoint.latest(run.out / "train" / name)
+    if found is None or not identity_of(run, name).get("adapter"):
+        raise ValueError(f"stage {name} is not trained; run `limner train` with --stage {name} first")
+    return checkpoint.load(found)[0]["adapter"]
+
+
+def _sampler_grid(run: Run, pipeline: Pipeline, folder: Path) -> Callable[[int], None]:
+    """Draws grids of fixed prompts and seeds during training: the base's row above, the policy's below."""
+    import torch
+
+    from limner.images import grid
+    from limner.models.lora import adapter_off
+    from limner.pool.sample import Request, sample
+    from limner.records import Prompt
+    from limner.store import read_rows
+
+    prompts(run, ["validation"])
+    chosen = [p for p, _ in zip(read_rows(run.out / "prompts/validation", Prompt), range(8))]
+    side = run.recipe.data.resolution
+    requests = [Request(replace(p, image=None), 0, side, side) for p in chosen]
+    before: list[Any] = []
+
+    def draw(step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        pipeline.move_encoders(pipeline.device)
+        with torch.no_grad():
+            if not before:
+                with adapter_off(pipeline.unet):
+                    before.extend(x for x, _ in sample(pipeline, requests, run.recipe.sampler, run.recipe.seed))
+            after = [x for x, _ in sample(pipeline, requests, run.recipe.sampler, run.recipe.seed)]
+        pipeline.move_encoders("cpu")
+        grid(torch.stack([*before, *after]), len(before)).save(folder / f"step-{step:06d}.png")
+
+    return draw
+
+
+def make_accelerator() -> Any:
+    """An Accelerator under `accelerate launch` with several processes, else None."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    from accelerate import Accelerator
+
+    return Accelerator()

@@ -1,0 +1,125 @@
+"""The steps that make images and choose among them: prompts, pool, reconstruct, score, examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from limner.steps.run import Run, resolve
+from limner.store import is_complete, open_step, read_manifest
+
+if TYPE_CHECKING:
+    from limner.records import Image
+
+
+def prompts(run: Run, splits: Sequence[str] = ("train", "validation", "test")) -> None:
+    """Write the captions (and real images in training size) of the splits that the recipe names."""
+    from limner.inputs import read_prompts
+    from limner.pool.steps import write_prompts
+
+    data = run.recipe.data
+    for split in splits:
+        source, limit, folder = getattr(data, split), getattr(data, f"max_{split}_prompts"), run.out / "prompts" / split
+        if not source or _has_prompts(run, folder, source, limit):
+            continue
+        found = read_prompts(
+            resolve(source, split), split, caption_column=data.caption_column, image_column=data.image_column, limit=limit,
+            need_images=split == "train" and (run.uses("reconstruction") or run.uses("real")),
+        )  # fmt: skip
+        write_prompts(found, data, folder, run.recipe.seed, source, limit)
+
+
+def _has_prompts(run: Run, folder: Path, source: str, limit: int) -> bool:
+    """Whether a split lies there already, found without reading the source again. Another configuration is an error."""
+    from limner.pool.steps import prompts_config
+
+    if not is_complete(folder):
+        return False
+    found = read_manifest(folder)
+    config = {**prompts_config(run.recipe.data, source, run.recipe.seed), "rows": found["config"]["rows"]}
+    open_step(folder, "prompts", config, found["inputs"])
+    return bool(found["counts"].get("limit", limit) == limit)
+
+
+def pool(run: Run) -> None:
+    """Images of the training prompts to choose from."""
+    from limner.examples.curriculum import selectable
+    from limner.pool.steps import make_pool
+
+    r = run.recipe
+    if not run.uses("pool"):
+        return
+    prompts(run, ["train"])
+    keep = r.pool.keep_latents
+    make_pool(
+        run.pipeline, run.out / "prompts/train", run.out / "pool", kind="pool", sampler=r.sampler,
+        images_per_prompt=r.pool.images_per_prompt, resolution=r.data.resolution, seed=r.seed,
+        prompts_per_shard=r.pool.prompts_per_shard, keep_all_latents=keep == "all", part=run.part,
+        select=_selector(run, selectable(r.stages)) if keep == "selected" else None,
+    )  # fmt: skip
+
+
+def _selector(run: Run, picks: list[tuple[str, str]]) -> Callable[[list[Image]], set[str]]:
+    """Which images of a shard a stage may pick: the best or worst of each prompt by the stages' scorers."""
+    from limner.records import by_prompt
+    from limner.scorers.steps import score_images
+
+    def select(images: list[Image]) -> set[str]:
+        names = list(dict.fromkeys(by for _, by in picks))
+        scores = {(s.scorer, s.image_id): s.score for s in score_images(images, [run.scorers[n] for n in names]) if s.score is not None}
+        chosen = set()
+        for group in by_prompt(images).values():
+            for kind, by in picks:
+                known = [(scores[by, i.id], -n, i.id) for n, i in enumerate(group) if (by, i.id) in scores]
+                if known:
+                    chosen.add(max(known)[2] if kind == "best" else min(known, key=lambda k: (k[0], -k[1]))[2])
+        return chosen
+
+    return select
+
+
+def reconstruct(run: Run) -> None:
+    """SDRecon of the training images, at the levels that the stages use."""
+    from limner.pool.steps import make_reconstructions
+
+    if run.timesteps:
+        prompts(run, ["train"])
+        r = run.recipe
+        make_reconstructions(
+            run.pipeline, run.out / "prompts/train", run.out / "reconstruct", timesteps=run.timesteps, sampler=r.sampler,
+            seed=r.seed,
+            prompts_per_shard=r.pool.prompts_per_shard, part=run.part,
+        )  # fmt: skip
+
+
+def _sources(run: Run) -> dict[str, Path]:
+    found = {"pool": run.out / "pool"} if run.uses("pool") else {}
+    return found | ({"reconstruction": run.out / "reconstruct"} if run.timesteps else {})
+
+
+def score(run: Run) -> None:
+    """Score pool and reconstructions with the scorers that stages choose by."""
+    from limner.scorers.steps import make_scores
+
+    names = list(dict.fromkeys(r.by for s in run.recipe.stages.values() for r in (s.winner, s.loser) if r and r.by))
+    for source, folder in _sources(run).items():
+        if names:
+            make_scores(folder, run.out / "scores" / source, [run.scorers[n] for n in names], part=run.part)
+
+
+def examples(run: Run, name: str) -> None:
+    """Choose the examples of a stage."""
+    from limner.examples.curriculum import make_examples
+
+    stage, folder = run.recipe.stages[name], run.out / "examples" / name
+    earlier = {r.source for r in (stage.winner, stage.loser) if r and r.source in run.recipe.stages}
+    by = any(r.by for r in (stage.winner, stage.loser) if r)
+    scores = [p for s in _sources(run) if is_complete(p := run.out / "scores" / s)] if by else []
+    used = {r.source for r in (stage.winner, stage.loser) if r}
+    sources = {k: v for k, v in _sources(run).items() if k in used}
+    counts = make_examples(
+        name, stage, folder, prompts=run.out / "prompts/train", sources=sources, scores=scores,
+        stages={n: run.out / "examples" / n for n in earlier},
+    )  # fmt: skip
+    print(f"examples {name}: " + ", ".join(f"{k} {v}" for k, v in counts.most_common()))

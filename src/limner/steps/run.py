@@ -1,0 +1,122 @@
+"""A run: a recipe, its folders, and what it names (model, scorers, data), loaded when first used.
+
+prompts/<split>  ->  pool, reconstruct  ->  scores/<source>  ->  examples/<stage>  ->  train/<stage>
+                 ->  generate/<split>/<model>  ->  metrics.json, report.html
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from limner.config import Recipe, Stage
+
+if TYPE_CHECKING:
+    from limner.models.stable_diffusion import Pipeline
+    from limner.scorers.protocol import Scorer
+    from limner.scorers.reader import FigureReader
+
+FIGURES = "figures"
+BASE = "base"  # the stage of this name (supervised on real images) makes the model that all others start from
+
+
+class Run:
+    """A recipe with its folders and what was loaded for it."""
+
+    def __init__(self, recipe: Recipe, command: str = "", part: tuple[int, int] = (0, 1)):
+        self.recipe, self.part = recipe, part
+        self.out = Path(recipe.output_dir)
+        self.command = command or shlex.join(["limner", *sys.argv[1:]])
+        self._pipeline: Pipeline | None = None
+        self._source = ""
+
+    @property
+    def tuned_base(self) -> Path:
+        """Where the model of a stage `base` is kept, a diffusers folder."""
+        return self.out / "train" / BASE / "model"
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The base model, loaded on first use: the recipe's own, or what the stage `base` made of it."""
+        source = str(self.tuned_base) if BASE in self.recipe.stages and self.tuned_base.is_dir() else ""
+        if self._pipeline is None or self._pipeline.released or source != self._source:
+            self._pipeline = None  # so that there are never two
+            self._pipeline, self._source = load_model(self.recipe, source), source
+        return self._pipeline
+
+    def fresh(self) -> Pipeline:
+        """The base model without any adapter."""
+        from limner.models.lora import remove_adapters
+
+        remove_adapters(self.pipeline.unet)
+        self.pipeline.move_encoders(self.pipeline.device)
+        return self.pipeline
+
+    @cached_property
+    def scorers(self) -> dict[str, Scorer]:
+        """The recipe's scorers (readers are not scorers)."""
+        return {n: load_scorer(n, s.kind, s.path) for n, s in self.recipe.scorers.items() if s.kind != "reader"}
+
+    @property
+    def timesteps(self) -> list[int]:
+        """The re-noising levels that any stage uses: no others are made."""
+        return sorted(
+            {t for s in self.recipe.stages.values() for r in (s.winner, s.loser) if r and r.source == "reconstruction" for t in r.t}
+        )
+
+    def uses(self, source: str) -> bool:
+        return any(r.source == source for s in self.recipe.stages.values() for r in (s.winner, s.loser) if r)
+
+    @property
+    def compared(self) -> list[str]:
+        """The stages that are generated from and measured."""
+        return self.recipe.evaluate.stages or [s for s in self.recipe.stages if s != BASE]
+
+    def reader(self) -> FigureReader | None:
+        """The reader that the recipe names, if it names one."""
+        from limner.scorers.reader import load_reader
+
+        name = self.recipe.evaluate.reader
+        return load_reader(resolve(self.recipe.scorers[name].path, name)) if name else None
+
+
+def resolve(path: str, name: str) -> Path:
+    """A path of a recipe: `figures` is the embedded world's part of that name, `figures/<part>` another part."""
+    if path == FIGURES or path.startswith(FIGURES + "/"):
+        from limner.figures.assets import find
+
+        return find(name if path == FIGURES else path.removeprefix(FIGURES + "/"))
+    return Path(path)
+
+
+def load_model(recipe: Recipe, source: str = "") -> Pipeline:
+    """The pipeline that a recipe names, or the one in the folder `source`."""
+    from limner.models.stable_diffusion import load_pipeline
+
+    m = recipe.model
+    path = source or (str(resolve(m.path, "base")) if m.path == FIGURES else m.path)
+    return load_pipeline(
+        path, config=m.config, hub=m.hub, mixed_precision=m.mixed_precision, device=m.device, channels_last=m.channels_last
+    )
+
+
+def load_scorer(name: str, kind: str, path: str) -> Scorer:
+    """A scorer that a recipe names."""
+    from limner.scorers import clip, dual
+
+    folder = resolve(path, name)
+    return dual.load_scorer(folder, name) if kind == "dual" else clip.load_scorer(folder, name)
+
+
+def stage_of(recipe: Recipe, name: str) -> Stage:
+    """A stage by name.
+
+    Raises:
+        ValueError: there is none; lists what there is.
+    """
+    if name not in recipe.stages:
+        raise ValueError(f"--stage {name}: the recipe has {', '.join(recipe.stages) or 'no stages'}")
+    return recipe.stages[name]

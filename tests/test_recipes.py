@@ -1,0 +1,99 @@
+"""Every shipped curriculum runs: two steps a stage, on a tiny model and two photos, with everything else as shipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from chain import clip_scorer, photo_folder
+from limner.cli import main
+from limner.config import load_recipe
+from limner.records import Example
+from limner.store import read_rows
+from tiny import save_tiny
+
+ROOT = Path(__file__).parent.parent
+RECIPES = [p for p in sorted((ROOT / "recipes").rglob("*.yaml")) if p.name != "world.yaml"]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A tiny pipeline, two photos, a scorer."""
+    folder = tmp_path_factory.mktemp("parts")
+    save_tiny(folder / "model")
+    photo_folder(folder / "photos", count=4)
+    clip_scorer(folder / "scorer")
+    return folder
+
+
+def small(recipe_path: Path, parts: Path, out: Path) -> list[str]:
+    """Overrides that make a recipe tiny and keep its stages, picks, losses and switches."""
+    recipe = load_recipe(recipe_path)
+    options = {
+        "output_dir": out, "model.path": parts / "model", "model.config": "", "model.mixed_precision": "no", "data.resolution": 16,
+        "data.aspect_buckets": "[]", "data.max_train_prompts": 3, "data.max_test_prompts": 4, "data.max_validation_prompts": 4,
+        "sampler.num_inference_steps": 2, "sampler.batch_size": 8, "pool.images_per_prompt": 3, "evaluate.diversity_prompts": 0,
+        "evaluate.reader": "", **{f"data.{s}": parts / "photos" for s in ("train", "validation", "test")},
+    }  # fmt: skip
+    for name in recipe.scorers:
+        options |= {f"scorers.{name}.kind": "clip", f"scorers.{name}.path": parts / "scorer"}
+    for name in recipe.stages:
+        learn = f"stages.{name}.learn"
+        options |= {
+            f"{learn}.max_train_steps": 2,
+            f"{learn}.train_batch_size": 2,
+            f"{learn}.use_8bit_adam": "false",
+            f"{learn}.sample_steps": 0,
+        }
+        options |= {f"{learn}.lr_warmup_steps": 0, f"{learn}.gradient_accumulation_steps": 1}
+    return [part for key, value in options.items() for part in (f"--{key}", str(value))]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_every_recipe_runs_for_two_steps(recipe, parts, tmp_path):
+    assert main(["run", str(recipe), *small(recipe, parts, tmp_path / "out")]) == 0
+    for stage in load_recipe(recipe).stages:
+        assert (tmp_path / "out/train" / stage / "adapter/kohya.safetensors").is_file()
+    assert (tmp_path / "out/report.html").is_file()
+
+
+def test_a_base_stage_makes_the_model_that_others_start_from(parts, tmp_path):
+    """Supervised on real images first: its merged model makes the pool, and is the reference of the stages after it."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"""
+output_dir: {tmp_path / "out"}
+model: {{path: {parts / "model"}}}
+data: {{train: {parts / "photos"}, validation: {parts / "photos"}, test: {parts / "photos"}, resolution: 16}}
+sampler: {{num_inference_steps: 2, batch_size: 8}}
+pool: {{images_per_prompt: 2}}
+scorers: {{picker: {{kind: clip, path: {parts / "scorer"}}}}}
+stages:
+  base: {{winner: {{from: real}}, learn: {{loss: sft, max_train_steps: 2, learning_rate: 0.01, rank: 2}}}}
+  easy:
+    winner: {{from: pool, pick: best, by: picker}}
+    loser: {{from: pool, pick: worst, by: picker}}
+    learn: {{max_train_steps: 1, rank: 2}}
+evaluate: {{preference: picker, diversity_prompts: 0}}
+"""
+    )
+    assert main(["run", str(recipe)]) == 0
+    out = tmp_path / "out"
+    assert {e.role for e in read_rows(out / "examples/base", Example)} == {"target"}
+    assert {e.source for e in read_rows(out / "examples/base", Example)} == {"real"}
+    import json
+
+    import torch
+    from safetensors.torch import load_file
+
+    from limner.models.stable_diffusion import load_pipeline
+
+    tuned, raw = load_pipeline(str(out / "train/base/model")), load_pipeline(str(parts / "model"))
+    assert json.loads((out / "pool/manifest.json").read_text())["config"]["model"] == tuned.hash != raw.hash
+    lora = load_file(out / "train/base/adapter/pytorch_lora_weights.safetensors")
+    key = next(k for k in lora if "attn1.to_q" in k and ("lora_A" in k or "down" in k))
+    up = lora[key.replace("lora_A", "lora_B").replace("down.weight", "up.weight")]
+    layer = key.removeprefix("unet.").split(".lora")[0]
+    moved = tuned.unet.get_submodule(layer).weight - raw.unet.get_submodule(layer).weight
+    assert torch.allclose(moved, up @ lora[key], atol=1e-6), "alpha equals rank: the merged change is B A"
