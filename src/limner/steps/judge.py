@@ -72,7 +72,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         pca = principal_components(features_of(training, reader), min(64, len(training) - 1)) if len(training) > 2 else None
     circular = {"preference"} if "preference" in scorers else set()
     metrics = compare(real, measured[0], measured[1:], pca, circular, run.recipe.seed, run.command, reference)
-    write_atomic(run.out / "metrics.json", json.dumps(metrics, indent=1, sort_keys=True) + "\n")
+    write_atomic(run.out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     return metrics
 
 
