@@ -44,7 +44,7 @@ def test_two_processes_train_what_one_with_two_micro_batches_trains(tmp_path):
                 [*launch, "-m", "limner.cli", "train", "--config", recipe],
                 capture_output=True,
                 text=True,
-                timeout=150,
+                timeout=600,
                 env={**os.environ, "ACCELERATE_USE_CPU": "1"},
             )
             assert done.returncode == 0, done.stderr[-2000:]

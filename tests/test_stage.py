@@ -269,9 +269,10 @@ def test_accumulation_equals_a_larger_batch(pairs: Pairs, tmp_path: Path) -> Non
     """The mean over micro-batches is the mean over their samples, up to rounding."""
     large = run(tmp_path / "large", pairs, replace(LEARN, train_batch_size=6))
     small = run(tmp_path / "small", pairs, replace(LEARN, gradient_accumulation_steps=3))
-    assert distance(large, small) < 1e-4
     for a, b in zip(log(tmp_path / "large"), log(tmp_path / "small"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    assert distance(large, small) < LEARN.learning_rate  # Adam makes whole steps of a gradient that is only rounding
 
 
 # -- losses in place ---------------------------------------------------------------------------------------------------
