@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
 
-from limner.models.frozen import FrozenConv2d, forget_inputs
+from limner.models.frozen import FrozenConv2d, ThriftyGEGLU, forget_inputs
 
 
 def values(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,3 +50,19 @@ def test_a_layer_that_learns_gets_its_gradient() -> None:
     forget_inputs(layer)
     layer(torch.randn(1, 4, 8, 8, requires_grad=True)).sum().backward()
     assert layer.weight.grad is not None
+
+
+def test_the_gate_is_diffusers_own() -> None:
+    """Same values and gradients, and of the gate only what it is made of is kept."""
+    layer = GEGLU(6, 10).requires_grad_(False)
+    x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+    wanted = values(layer, x)
+    forget_inputs(layer)
+    assert type(layer) is ThriftyGEGLU
+    for a, b in zip(values(layer, x), wanted):
+        torch.testing.assert_close(a, b)
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        layer(x.requires_grad_())
+    assert (2, 5, 20) in kept
+    assert (2, 5, 10) not in kept

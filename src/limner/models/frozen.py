@@ -1,7 +1,7 @@
-"""Convolutions that are not trained need not keep their input for the backward pass.
+"""What is not trained need not keep what only training would need.
 
-torch keeps the input of every convolution through which a gradient flows, whether or not its weight learns. In a UNet with a LoRA on
-its attentions no convolution learns, and their inputs are a good part of what a training step holds.
+torch keeps the input of every convolution through which a gradient flows, whether or not its weight learns, and three tensors of every
+gated feed-forward layer where one is enough. In a UNet with a LoRA on its attentions these are half of what a training step holds.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
@@ -41,8 +42,32 @@ class FrozenConv2d(nn.Conv2d):
         return _Frozen.apply(input, self.weight, self.bias, options)
 
 
+class _Gate(torch.autograd.Function):
+    """hidden * gelu(gate) of a tensor that holds both; the gelu is computed again for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
+        hidden, gate = both.chunk(2, dim=-1)
+        return hidden * F.gelu(gate)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        hidden, gate = ctx.saved_tensors[0].chunk(2, dim=-1)
+        return torch.cat([gradients[0] * F.gelu(gate), torch.ops.aten.gelu_backward(gradients[0] * hidden, gate)], dim=-1)
+
+
+class ThriftyGEGLU(GEGLU):
+    """diffusers' GEGLU that keeps one tensor for the backward pass instead of two. Values and gradients are the same."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _Gate.apply(self.proj(hidden_states))
+
+
 def forget_inputs(module: nn.Module) -> None:
-    """Make all plain convolutions below a module `FrozenConv2d`; weights and names stay."""
+    """Make all plain convolutions below a module `FrozenConv2d` and all gates `ThriftyGEGLU`; weights and names stay."""
     for layer in module.modules():
         if type(layer) is nn.Conv2d:
             layer.__class__ = FrozenConv2d
+        elif type(layer) is GEGLU:
+            layer.__class__ = ThriftyGEGLU
