@@ -97,7 +97,7 @@ def _reconstruct(
     """Noise sound and defective latents (2n, C, h, w) alike and denoise them; the batch shares one timestep."""
     t = RECONSTRUCTED[(rows[0] // len(rows)) % len(RECONSTRUCTED)]
     noise = seeds.noise(latents.shape[1:], [(seed, "lessons", i) for i in rows]).repeat(2, 1, 1, 1)
-    noisy = pipeline.add_noise(latents, noise, torch.full((len(latents),), t - 1))
+    noisy = pipeline.add_noise(latents, noise, torch.full((len(latents),), t))
     text = pipeline.encode_text(prompts).repeat(2, 1, 1)
     return denoise(pipeline, noisy, text, pipeline.encode_text([""]), sampler, start=t)
 

@@ -145,7 +145,7 @@ def reconstruct(
         part = prompts[i : i + sampler.batch_size]
         clean = pipeline.encode_images(images[i : i + len(part)])
         noise = seeds.noise(clean.shape[1:], [(seed, "reconstruct", p.id, t) for p in part]).to(clean)
-        noisy = pipeline.add_noise(clean, noise, torch.full((len(part),), t - 1, device=clean.device))
+        noisy = pipeline.add_noise(clean, noise, torch.full((len(part),), min(t, pipeline.timesteps - 1), device=clean.device))
         latents = denoise(pipeline, noisy, states[i : i + len(part)], empty, sampler, start=t)
         out += zip(pipeline.decode_latents(latents).cpu(), latents.float().cpu())
         progress(len(part))
