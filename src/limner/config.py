@@ -102,17 +102,31 @@ class Pool:
     keep_latents: Literal["selected", "all", "none"] = "selected"
 
 
+ScorerKind = Literal[
+    "clip", "dual", "reader", "clip_cosine", "clip_score", "clip_score_w", "hps_v1", "hps_v2", "hps_v2_1", "pickscore", "aesthetic_v1",
+    "aesthetic_v2", "clip_iqa_quality", "clip_iqa_sharpness",
+]  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScorerSpec:
     """Where a scorer's weights lie.
 
     Args:
-        kind: clip (a transformers CLIPModel folder, e.g. PickScore), dual (a `limner scorer` folder) or reader.
-        path: a folder, or figures/<name> for an embedded one.
+        kind: clip (a transformers CLIPModel folder), dual (a `limner scorer` folder), reader, or a published score: clip_cosine, clip_score
+            (100 · cosine, at least 0), clip_score_w (2.5 · cosine, at least 0), hps_v1, hps_v2, hps_v2_1, pickscore, aesthetic_v1,
+            aesthetic_v2, clip_iqa_quality, clip_iqa_sharpness.
+        path: a folder, or figures/<name> for an embedded one; of a published score the file or CLIPModel folder of its weights.
+        tower: of the aesthetic scores: OpenAI's CLIP ViT-L/14, a folder or file, under the head in `path`.
+        tokenizer: folder of the tokenizer of a single file ("" = beside it).
+        activation: of a single file for clip_cosine or clip_score: quick_gelu if its weights descend from OpenAI's, gelu if from LAION's.
     """
 
-    kind: Literal["clip", "dual", "reader"] = "clip"
+    kind: ScorerKind = "clip"
     path: str = ""
+    tower: str = ""
+    tokenizer: str = ""
+    activation: Literal["", "quick_gelu", "gelu"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)

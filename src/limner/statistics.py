@@ -7,7 +7,7 @@ what a prompt adds to both images then cancels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -182,3 +182,42 @@ def half_subsample_interval(statistic: Callable[[NDArray[np.intp]], float], n: i
     error = float(np.std(halves, ddof=1)) * float(np.sqrt(m / (n - m)))
     value = float(statistic(np.arange(n)))
     return Interval(value, value - Z * error, value + Z * error, n)
+
+
+def krippendorff(ratings: ArrayLike, metric: Literal["nominal", "interval"]) -> float:
+    """Krippendorff's alpha: 1 = raters agree, 0 = as by chance, below = worse than chance (Krippendorff 2011, "Computing Krippendorff's
+    Alpha-Reliability"). A unit that fewer than two raters answered says nothing and is left out.
+
+    Args:
+        ratings: (raters, units); nan where a rater did not answer.
+        metric: nominal: answers are equal or not; interval: they differ by their squared difference.
+
+    Returns:
+        alpha; nan where nothing can be said: no unit with two answers, or one and the same answer everywhere.
+
+    Raises:
+        ValueError: another shape, an infinite value, or an unknown metric.
+    """
+    table = np.asarray(ratings, dtype=np.float64)
+    if table.ndim != 2 or np.isinf(table).any():
+        raise ValueError(f"ratings: expected finite (raters, units) with nan for no answer, found shape {table.shape}")
+    if metric not in ("nominal", "interval"):
+        raise ValueError(f"metric: {metric!r}; expected nominal or interval")
+    answers = (~np.isnan(table)).sum(axis=0)
+    table, answers = table[:, answers > 1], answers[answers > 1].astype(np.float64)
+    flat = table[~np.isnan(table)]
+    if not len(flat) or np.ptp(flat) == 0:
+        return float("nan")
+
+    def disagreement(values: NDArray[np.float64], n: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Sum over ordered pairs of answers of a unit, for each column of (answers, units)."""
+        if metric == "nominal":
+            counts = np.stack([(values == level).sum(axis=0) for level in np.unique(flat)])
+            return n**2 - (counts.astype(np.float64) ** 2).sum(axis=0)
+        centred = values - flat.mean()  # differences stay; large offsets would cancel badly
+        return 2 * (n * np.nansum(centred**2, axis=0) - np.nansum(centred, axis=0) ** 2)
+
+    total = np.array([float(len(flat))])
+    observed = float((disagreement(table, answers) / (answers - 1)).sum())
+    expected = float(disagreement(flat[:, None], total)[0]) / (len(flat) - 1)
+    return 1 - observed / expected

@@ -44,6 +44,7 @@ class Counts:
         scorer: bodies that the preference scorer learns from.
         judge: bodies that the judge learns from.
         reader: bodies that the reader learns from.
+        raters: bodies that nothing learns from; the judges are measured on them.
     """
 
     train: int = 6000
@@ -52,6 +53,7 @@ class Counts:
     scorer: int = 2000
     judge: int = 2000
     reader: int = 3000
+    raters: int = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +89,8 @@ class World:
     only: list[str] = field(default_factory=list)
 
 
-PARTS = ("images", "autoencoder", "base", "preference", "judge", "reader", "ship")
-SAMPLER = Sampler(num_inference_steps=20, guidance_scale=2.0)
+PARTS = ("images", "autoencoder", "base", "preference", "judge", "reader", "ship", "measure")
+SAMPLER = Sampler(num_inference_steps=16, guidance_scale=1.0)  # of the lessons' reconstructions: short ways, so no guidance
 
 
 def make_world(path: Path, overrides: Sequence[str], *, print_config: bool = False) -> int:
@@ -106,7 +108,7 @@ def make_world(path: Path, overrides: Sequence[str], *, print_config: bool = Fal
         raise ValueError(f"only: {', '.join(unknown)} unknown; expected some of {', '.join(PARTS)}")
     makers: dict[str, Callable[[World], None]] = {
         "images": make_images, "autoencoder": make_autoencoder, "base": make_base, "preference": make_preference, "judge": make_judge,
-        "reader": make_reader, "ship": ship,
+        "reader": make_reader, "ship": ship, "measure": measure_world,
     }  # fmt: skip
     for part in PARTS:
         if not world.only or part in world.only:
@@ -264,3 +266,21 @@ def ship(world: World) -> None:
         shutil.copytree(_folder(world, f"{part}/model"), target / part)
     size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file()) / 2**20
     print(f"wrote {target}: {size:.1f} MB")
+
+
+def measure_world(world: World) -> None:
+    """Measure what was shipped and write `quality.json` and the sheets of base samples into the output folder."""
+    from limner.figures.assets import find
+    from limner.figures.lessons import load_lessons
+    from limner.figures.quality import measure
+    from limner.models.stable_diffusion import load_pipeline
+    from limner.scorers.dual import load_scorer
+    from limner.scorers.reader import load_reader
+
+    held_out = load_lessons(shards(_folder(world, "images/raters")))
+    scorers = {name: load_scorer(find(name), name) for name in ("preference", "judge")}
+    found = measure(load_pipeline(str(find("base"))), load_reader(find("reader")), scorers, held_out, Path(world.output_dir))
+    (Path(world.output_dir) / "quality.json").write_text(json.dumps(found, indent=1) + "\n")
+    for part, numbers in found.items():
+        for name, n in numbers.items():
+            print(f"{part}: {name} {n['value']:.3f} ({n['low']:.3f} to {n['high']:.3f}, n {n['n']})")

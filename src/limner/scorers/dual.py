@@ -122,6 +122,7 @@ class DualScorer:
 
     higher_is_better = True
     comparable_across_prompts = True
+    needs_prompt = True
 
     def __init__(self, name: str, model: DualEncoder, tokenizer: Any, revision: str = ""):
         self.name, self.model, self.tokenizer, self.revision = name, model.eval(), tokenizer, revision

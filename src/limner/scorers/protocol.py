@@ -18,13 +18,15 @@ class Scorer(Protocol):
         range: smallest and largest score that can occur.
         higher_is_better: the direction.
         comparable_across_prompts: whether scores of different prompts may be compared or averaged.
-        revision: SHA-256 (16 digits) of the weights.
+        needs_prompt: whether the prompt is read.
+        revision: SHA-256 (16 digits) of the weights, behind `metric@` where one file serves several metrics.
     """
 
     name: str
     range: tuple[float, float]
     higher_is_better: bool
     comparable_across_prompts: bool
+    needs_prompt: bool
     revision: str
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

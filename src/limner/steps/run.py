@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from limner.config import Recipe, Stage
+from limner.config import Recipe, ScorerSpec, Stage
 
 if TYPE_CHECKING:
     from limner.models.stable_diffusion import Pipeline
@@ -58,7 +58,7 @@ class Run:
     @cached_property
     def scorers(self) -> dict[str, Scorer]:
         """The recipe's scorers (readers are not scorers)."""
-        return {n: load_scorer(n, s.kind, s.path) for n, s in self.recipe.scorers.items() if s.kind != "reader"}
+        return {n: load_scorer(n, s) for n, s in self.recipe.scorers.items() if s.kind != "reader"}
 
     @property
     def timesteps(self) -> list[int]:
@@ -103,12 +103,15 @@ def load_model(recipe: Recipe, source: str = "") -> Pipeline:
     )
 
 
-def load_scorer(name: str, kind: str, path: str) -> Scorer:
+def load_scorer(name: str, spec: ScorerSpec) -> Scorer:
     """A scorer that a recipe names."""
     from limner.scorers import clip, dual
 
-    folder = resolve(path, name)
-    return dual.load_scorer(folder, name) if kind == "dual" else clip.load_scorer(folder, name)
+    path = resolve(spec.path, name)
+    if spec.kind == "dual":
+        return dual.load_scorer(path, name)
+    tower, tokenizer = (resolve(p, name) if p else None for p in (spec.tower, spec.tokenizer))
+    return clip.load_scorer(path, name, spec.kind, tower=tower, tokenizer=tokenizer, activation=spec.activation or None)
 
 
 def stage_of(recipe: Recipe, name: str) -> Stage:

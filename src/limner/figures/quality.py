@@ -1,0 +1,129 @@
+"""How good the embedded models are: `limner figures measure`. Numbers for docs/figures.md, with intervals.
+
+Held-out figures come from the split `raters`, which nothing learns from. Labels of base samples were given by looking at the
+numbered sheets that this module writes (`labels.csv`: sample, 1 = something is wrong with the body).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from limner import statistics
+from limner.config import Sampler
+from limner.figures.assets import find
+from limner.figures.lessons import Lessons, add_paths, degrade
+from limner.figures.scene import ATTRIBUTES
+from limner.figures.teach import PATHS, to_input
+from limner.images import decode_batch, grid
+from limner.models.stable_diffusion import Pipeline
+from limner.pool.sample import Request, sample
+from limner.records import Prompt
+from limner.scorers.dual import DualScorer
+from limner.scorers.reader import FigureReader
+
+LABELS = Path(__file__).parent / "labels.csv"
+SAMPLES = 200
+SAMPLER = Sampler(num_inference_steps=16, guidance_scale=2.0, batch_size=50)
+
+
+def base_samples(pipeline: Pipeline, prompts: Sequence[Prompt], seed: int = 7) -> Tensor:
+    """One sample of each of the first `SAMPLES` validation captions, (200, 3, 64, 64) in [0, 1]: what labels.csv speaks of."""
+    requests = [Request(Prompt(id=p.id, text=p.text), 0, 64, 64) for p in prompts[:SAMPLES]]
+    return torch.stack([pixels for pixels, _ in sample(pipeline, requests, SAMPLER, seed)])
+
+
+def write_sheets(images: Tensor, folder: Path, columns: int = 10, rows: int = 5, zoom: int = 3) -> None:
+    """Numbered sheets of samples to label by eye."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for start in range(0, len(images), columns * rows):
+        part = torch.nn.functional.interpolate(images[start : start + columns * rows], scale_factor=zoom, mode="nearest")
+        labels = [str(i) for i in range(start, start + len(part))]
+        grid(part, columns, labels).save(folder / f"sheet-{start:03d}.png")
+
+
+def read_labels(path: Path = LABELS) -> dict[int, int]:
+    """Sample number to 1 (something is wrong with the body) or 0."""
+    with path.open() as f:
+        return {int(r["sample"]): int(r["flawed"]) for r in csv.DictReader(f)}
+
+
+def reader_quality(reader: FigureReader, real: Tensor, attributes: np.ndarray, held_out: Lessons) -> dict[str, Any]:
+    """Attribute accuracy on real test pictures; how well defect head and joints tell defects, by path and by kind of path.
+
+    Args:
+        real: (N, 3, 64, 64); attributes (N, attributes) indices.
+    """
+    reading = reader.read(real)
+    found: dict[str, Any] = {f"attribute {name}": share(reading.attributes[name] == attributes[:, i]) for i, name in enumerate(ATTRIBUTES)}
+    found["real plausible"] = share(reading.plausible)
+    for path in PATHS:
+        sound, wrong = (reader.read(to_input(list(held_out.images[path][k]))) for k in (0, 1))
+        labels = np.r_[np.zeros(len(held_out)), np.ones(len(held_out))]
+        found[f"defect AUC {path}"] = auc(np.r_[sound.defect, wrong.defect], labels)
+        found[f"joints AUC {path}"] = auc(np.r_[sound.doubt, wrong.doubt], labels)
+        found[f"plausible sound {path}"], found[f"plausible defective {path}"] = share(sound.plausible), share(wrong.plausible)
+    return found
+
+
+def scorer_quality(scorer: DualScorer, held_out: Lessons, seed: int = 0) -> dict[str, Any]:
+    """Share of held-out pairs whose better member scores higher, by kind of pair and path."""
+    rng = np.random.default_rng(seed)
+    found: dict[str, Any] = {}
+    others = (np.arange(len(held_out)) + 2 * rng.integers(1, len(held_out) // 2, len(held_out))) % len(held_out)
+    for path in PATHS:
+        images = held_out.images[path]
+        sound = scorer(to_input(list(images[0])), held_out.prompts)
+        pairs = {
+            "sound over defective": to_input(list(images[1])),
+            "right over wrong figure": to_input(list(images[0][others])),
+            "clean over smeared": to_input([degrade(i, rng) for i in images[0]]),
+        }
+        for name, worse in pairs.items():
+            found[f"{name} {path}"] = share((sound > scorer(worse, held_out.prompts)).numpy())
+        found[f"right over swapped caption {path}"] = share((sound > scorer(to_input(list(images[0])), held_out.swapped)).numpy())
+    return found
+
+
+def share(right: Any) -> dict[str, float]:
+    """A share with its Wilson interval."""
+    values = np.asarray(right, dtype=float)
+    return statistics.share_interval(values.sum(), len(values))._asdict()
+
+
+def auc(scores: np.ndarray, labels: np.ndarray, seed: int = 0) -> dict[str, float]:
+    """Area under the curve with a bootstrap interval over pictures."""
+    rows = np.stack([scores, labels], 1)
+    spread = statistics.bootstrap(rows, lambda x: statistics.auc(x[:, 0], x[:, 1]), seed, 500)
+    return {**spread._asdict(), "value": statistics.auc(scores, labels)}
+
+
+def measure(pipeline: Pipeline, reader: FigureReader, scorers: dict[str, DualScorer], held_out: Lessons, work: Path) -> dict[str, Any]:
+    """Everything; also writes the sheets to `work`."""
+    from limner.inputs import read_prompts
+
+    add_paths(held_out, pipeline, work / "paths/raters", 0, Sampler(num_inference_steps=16, guidance_scale=1.0))
+    test = [p for p in read_prompts(find("test"), "test") if p.image and p.truth]
+    truth = [json.loads(p.truth or "")["attributes"] for p in test]
+    indices = np.array([[ATTRIBUTES[n].index(t[n]) for n in ATTRIBUTES] for t in truth])
+    out: dict[str, Any] = {"reader": reader_quality(reader, decode_batch([p.image or b"" for p in test]), indices, held_out)}
+    out |= {name: scorer_quality(scorer, held_out) for name, scorer in scorers.items()}
+    samples = base_samples(pipeline, read_prompts(find("validation"), "validation"))
+    write_sheets(samples, work / "sheets")
+    if LABELS.is_file():
+        labels, reading = read_labels(), reader.read(samples)
+        known = sorted(labels)
+        wrong = np.array([labels[i] for i in known])
+        out["base samples"] = {
+            "flawed": share(wrong),
+            "defect AUC": auc(reading.defect[known], wrong),
+            "joints AUC": auc(reading.doubt[known], wrong),
+        }
+    return out

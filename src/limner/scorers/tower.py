@@ -1,0 +1,148 @@
+"""The CLIP tower that every CLIP scorer looks through: images and texts to unit vectors.
+
+Images as the reference implementations do: 8 bits, shorter side resized with Pillow (bicubic, antialiased), centre crop, CLIP's mean and
+deviation. For gradients the same with an antialiased tensor resize, which differs by about 0.001 a pixel. Texts as transformers' tokenizer
+splits them: OpenAI's and open_clip's also repair broken encodings (ftfy) and unescape HTML, so prompts with `&amp;` differ.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from limner.images import resize_tensor, to_uint8
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CACHED_TEXTS = 50_000  # of 4 KB at most
+
+# What is over after the resize is cut from both sides; where it is odd, OpenAI's code (torchvision) rounds the first cut to the nearest
+# even number, transformers' rounds it down.
+Crop = Literal["openai", "transformers"]
+
+
+class ClipTower:
+    """A `CLIPModel` with its tokenizer; remembers the texts that it encoded."""
+
+    def __init__(self, model: Any, tokenizer: Any = None, crop: Crop = "transformers"):
+        self.model, self.tokenizer, self.crop = model.eval().requires_grad_(False), tokenizer, crop
+        self.size = int(model.config.vision_config.image_size)
+        self.context = int(model.config.text_config.max_position_embeddings)
+        self._texts: dict[str, Tensor] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.model.logit_scale.device
+
+    @property
+    def scale(self) -> float:
+        """exp(logit_scale)."""
+        return float(self.model.logit_scale.detach().exp())
+
+    def encode_images(self, images: Tensor, differentiable: bool = False) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] to unit vectors (B, D)."""
+        pixels = preprocess(images, self.size, self.crop, differentiable).to(self.device)
+        return F.normalize(_vector(self.model.get_image_features(pixel_values=pixels)), dim=-1)
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Texts to unit vectors (B, D); one that was seen before is not encoded again.
+
+        A text is encoded alone and unpadded: what stands behind the end token never reaches it, most texts are far shorter than the
+        context, and so neither batch mates nor what the cache holds (after a restart: less) can change a digit.
+
+        Warns:
+            UserWarning: how many of the new texts are longer than the context; they are cut.
+        """
+        new = [t for t in dict.fromkeys(texts) if t not in self._texts]
+        found = {t: self._texts[t] for t in texts if t in self._texts}
+        long = 0
+        for text in new:
+            ids = self.tokenizer(text, truncation=False, verbose=False).input_ids
+            long += len(ids) > self.context
+            ids = ids if len(ids) <= self.context else [*ids[: self.context - 1], ids[-1]]
+            vector = _vector(self.model.get_text_features(input_ids=torch.tensor([ids], device=self.device)))
+            found[text] = self._texts[text] = F.normalize(vector, dim=-1)[0]
+            if len(self._texts) > CACHED_TEXTS:
+                self._texts.pop(next(iter(self._texts)))  # the oldest
+        if long:
+            message = f"{long} of {len(new)} prompts are longer than the {self.context} tokens that the scorer reads; their ends are cut"
+            warnings.warn(message, stacklevel=4)  # the scorer's caller; no_grad is a frame as well
+        return torch.stack([found[t] for t in texts])
+
+    def check_tokenizer(self, where: str) -> None:
+        """Check that the tokenizer is of these weights.
+
+        Raises:
+            ValueError: it ends texts with another token than the weights do, or knows tokens that they do not.
+        """
+        text = self.model.config.text_config
+        # configs older than transformers 4.31 say 2, and mean the largest id
+        end = text.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id
+        if self.tokenizer.eos_token_id != end or len(self.tokenizer) > text.vocab_size:
+            raise ValueError(
+                f"{where}: the tokenizer has {len(self.tokenizer)} tokens and ends texts with {self.tokenizer.eos_token_id}; "
+                f"the weights have {text.vocab_size} and expect {end}. Is it the tokenizer of another model?"
+            )
+
+
+def preprocess(images: Tensor, size: int, crop: Crop, differentiable: bool = False) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] to a model's input (B, 3, size, size), normalised.
+
+    Args:
+        images: any size.
+        size: of the input; the shorter side is resized to it and the longer one cut.
+        crop: how odd rests are cut.
+        differentiable: an antialiased tensor resize, which passes gradients, instead of Pillow's exact one.
+    """
+    h, w = images.shape[-2:]
+    height, width = (size, int(size * w / h)) if h <= w else (int(size * h / w), size)
+    top, left = (_cut(side - size, crop) for side in (height, width))
+    if differentiable:
+        x = resize_tensor(images.float(), (width, height)) if (h, w) != (height, width) else images.float()
+        x = x[..., top : top + size, left : left + size]
+    else:
+        box = (left, top, left + size, top + size)
+        resized = [Image.fromarray(i).resize((width, height), Image.Resampling.BICUBIC).crop(box) for i in to_uint8(images)]
+        x = torch.from_numpy(np.stack([np.asarray(i) for i in resized])).permute(0, 3, 1, 2).float() / 255
+    return (x - x.new_tensor(MEAN).view(3, 1, 1)) / x.new_tensor(STD).view(3, 1, 1)
+
+
+def _cut(over: int, crop: Crop) -> int:
+    return round(over / 2) if crop == "openai" else over // 2
+
+
+def _vector(output: Any) -> Tensor:
+    """transformers 5 wraps the projected vector in an output object."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def find_tokenizer(path: Path, given: Path | None, where: str) -> CLIPTokenizer:
+    """The tokenizer of weights: `given`, or in the folder of the weights, or a folder `tokenizer` in it.
+
+    Args:
+        path: the folder, or the file of the weights.
+        given: where it lies instead; None = not said.
+        where: what errors begin with: scorers.<name>.
+
+    Raises:
+        ValueError: there is none; says which files to give.
+    """
+    folder = path if path.is_dir() else path.parent
+    for place in [given] if given else [folder, folder / "tokenizer"]:
+        # asked for a folder without these files transformers would make an empty vocabulary
+        if (place / "tokenizer.json").is_file() or ((place / "vocab.json").is_file() and (place / "merges.txt").is_file()):
+            return CLIPTokenizer.from_pretrained(place, local_files_only=True)
+    raise ValueError(
+        f"{where}.tokenizer: {given or folder} has no tokenizer; give a folder with tokenizer.json, or with vocab.json and merges.txt, "
+        "of CLIP's vocabulary, as published beside any CLIPModel (all published CLIP scorers share one)"
+    )
