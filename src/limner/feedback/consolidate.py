@@ -6,7 +6,7 @@ look has none. Numbers of agreement are for each question; their intervals treat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -244,7 +244,7 @@ def human_ceiling(ratings: ArrayLike, seed: int = 0, draws: int = 500) -> dict[s
     }
 
 
-def side_by_side(answers: Sequence[int], pairs: Sequence[str] | None = None) -> dict[str, Any]:
+def side_by_side(answers: Sequence[int], pairs: Sequence[Hashable] | None = None) -> dict[str, Any]:
     """Side-by-side answers as shares of five levels, a win rate and a sign test.
 
     Answers to one pair by several raters are not independent, so whatever is tested rests on pairs: a pair is won if its answers' mean
@@ -261,10 +261,10 @@ def side_by_side(answers: Sequence[int], pairs: Sequence[str] | None = None) -> 
     Raises:
         ValueError: no answers, other answers, or another number of pairs.
     """
-    names = list(pairs) if pairs is not None else [str(i) for i in range(len(answers))]
+    names = list(pairs if pairs is not None else range(len(answers)))
     if not answers or len(names) != len(answers) or not all(a in LEVELS for a in answers):
         raise ValueError(f"{len(answers)} answers about {len(names)} pairs; expected one or more of -2 to 2, and a pair for each")
-    of_pair: dict[str, list[int]] = {}
+    of_pair: dict[Hashable, list[int]] = {}
     for name, answer in zip(names, answers):
         of_pair.setdefault(name, []).append(answer)
     means = [float(np.mean(v)) for v in of_pair.values()]
@@ -275,7 +275,7 @@ def side_by_side(answers: Sequence[int], pairs: Sequence[str] | None = None) -> 
     return {"levels": levels, "wins": paired_wins(means, zeros), "p_value": sign_test(means, zeros), "answers": len(answers), "pairs": n}
 
 
-def side_answers(feedback: Sequence[Feedback]) -> tuple[list[int], list[str]]:
+def side_answers(feedback: Sequence[Feedback]) -> tuple[list[int], list[tuple[str, str]]]:
     """Answers and pairs of the rows of kind `side`, for `side_by_side`; ours is the image that a row is about."""
     rows = of_kind(feedback, "side")
-    return [payload["answer"] for _, payload in rows], [f"{row.image_id} {payload['against']}" for row, payload in rows]
+    return [payload["answer"] for _, payload in rows], [(row.image_id, payload["against"]) for row, payload in rows]

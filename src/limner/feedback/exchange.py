@@ -106,7 +106,7 @@ def _lines(path: Path) -> Iterable[tuple[int, str]]:
 def _json_line(line: str, where: str) -> Mapping[str, Any]:
     try:
         values = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error})") from error
     if not isinstance(values, dict):
         raise ValueError(f"{where}: {type(values).__name__}; expected an object with {', '.join(FIELDS)}")
@@ -220,13 +220,15 @@ def from_label_studio(tasks: Any) -> tuple[list[Feedback], dict[str, Any]]:
                 cancelled = bool(annotation.get("was_cancelled"))
                 counts["cancelled" if cancelled else "annotations"] += 1
                 if not cancelled:
-                    rows += _annotation(annotation, image_id, tokens(str(data.get("prompt", ""))), ignored, where)
+                    rows += _annotation(annotation, image_id, tokens(str(data.get("prompt", ""))), ignored)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"{where}: not as Label Studio exports it ({type(error).__name__}: {error})") from error
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
     return rows, {**counts, "ignored": ignored}
 
 
-def _annotation(annotation: Mapping[str, Any], image_id: str, words: list[str], ignored: dict[str, int], where: str) -> list[Feedback]:
+def _annotation(annotation: Mapping[str, Any], image_id: str, words: list[str], ignored: dict[str, int]) -> list[Feedback]:
     author = annotation.get("completed_by")
     rater = str(author.get("email", author.get("id")) if isinstance(author, dict) else author)
     found: dict[str, dict[str, Any]] = {}
@@ -244,7 +246,7 @@ def _annotation(annotation: Mapping[str, Any], image_id: str, words: list[str], 
             inside = [min(max(v, 0.0), 1.0) if -0.01 <= v <= 1.01 else v for v in (x, y)]
             payload("points")[value["keypointlabels"][0]].append(inside)
         elif name == "words" and kind == "choices":
-            payload("words")["misaligned"] += [_position(choice, words, where) for choice in value["choices"]]
+            payload("words")["misaligned"] += [_position(choice, words) for choice in value["choices"]]
         elif name == "nothing" and kind == "choices":
             for part, text in NOTHING.items():
                 if text in value["choices"]:
@@ -254,14 +256,11 @@ def _annotation(annotation: Mapping[str, Any], image_id: str, words: list[str], 
         else:
             ignored[f"{name} ({kind})"] = ignored.get(f"{name} ({kind})", 0) + 1
     seconds = float(annotation.get("lead_time") or 0) / max(len(found), 1)
-    try:
-        return [payloads.make(image_id, rater, kind, value, seconds) for kind, value in found.items()]
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    return [payloads.make(image_id, rater, kind, value, seconds) for kind, value in found.items()]
 
 
-def _position(choice: str, words: list[str], where: str) -> int:
+def _position(choice: str, words: list[str]) -> int:
     number, _, word = choice.partition(": ")
     if not number.isdecimal() or int(number) >= len(words) or words[int(number)] != word:
-        raise ValueError(f"{where}: choice {choice!r} is no word of the prompt; expected e.g. '0: {words[0] if words else ''}'")
+        raise ValueError(f"choice {choice!r} is no word of the prompt; expected e.g. '0: {words[0] if words else ''}'")
     return int(number)

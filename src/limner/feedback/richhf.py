@@ -26,7 +26,7 @@ from PIL import Image as PillowImage
 from limner import records
 from limner.feedback import payloads
 from limner.feedback.tfrecord import Value, encode_example, parse_example, read_records, write_records
-from limner.images import image_size
+from limner.images import decode, image_size
 
 SCORES = {"plausibility": "artifact_score", "alignment": "misalignment_score", "aesthetics": "aesthetics_score", "overall": "overall_score"}
 MAPS = ("artifact_map", "misalignment_map")
@@ -247,12 +247,8 @@ def map_values(data: bytes, where: str = "map") -> NDArray[np.float32]:
     Raises:
         ValueError: not an image.
     """
-    image_size(data, where)
-    try:
-        with PillowImage.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert("L"), dtype=np.float32) / np.float32(255)
-    except OSError as error:
-        raise ValueError(f"{where}: not a readable image ({error})") from error
+    grey = decode(data, where).convert("L")  # of grey made RGB: the same values
+    return np.asarray(grey, dtype=np.float32) / np.float32(255)
 
 
 def encode_map(values: ArrayLike) -> bytes:
