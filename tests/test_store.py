@@ -10,8 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from limner.records import Image, to_table
-from limner.store import differences, input_hash, is_complete, open_step, read_manifest, read_rows, read_table, shards, write_atomic
+from limner.records import Image, Prompt, to_table
+from limner.store import Rows, differences, input_hash, is_complete, open_step, read_manifest, read_rows, read_table, shards, write_atomic
 
 
 def table(*ids: str) -> pa.Table:
@@ -148,3 +148,15 @@ def test_differences_of_missing_and_nested_values() -> None:
         "a.d: was None, now [3]",
         "c: was 2, now None",
     ]
+
+
+def test_rows_are_read_by_number_across_shards(tmp_path: Path) -> None:
+    """Shards of 3, 1 and 2 rows: any span is the same span of all rows, a limit ends them, and neighbours read a shard once."""
+    step = open_step(tmp_path, "prompts", {}, {})
+    prompts = [Prompt(id=str(i), text=f"a man {i}") for i in range(6)]
+    for index, part in enumerate((prompts[:3], prompts[3:4], prompts[4:])):
+        step.write(index, to_table(Prompt, part))
+    rows = Rows(tmp_path, Prompt)
+    assert len(rows) == 6
+    assert all(rows.read(a, b) == prompts[a:b] for a in range(7) for b in range(a, 7))
+    assert len(Rows(tmp_path, Prompt, limit=4)) == 4

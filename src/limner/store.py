@@ -15,8 +15,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -175,6 +176,29 @@ def read_rows(folder: Path, kind: type[Row], columns: list[str] | None = None) -
     """All rows of a step's folder, shard by shard."""
     for path in shards(folder):
         yield from from_table(kind, read_table(path, columns), str(path))
+
+
+class Rows(Generic[Row]):
+    """The rows of a step's folder by number, read a shard at a time when asked for: a folder of photos need not fit into memory."""
+
+    def __init__(self, folder: Path, kind: type[Row], limit: int = 0):
+        self.kind, self.paths = kind, shards(folder)
+        self.ends = list(accumulate(pq.read_metadata(p).num_rows for p in self.paths))
+        self.length = min(limit or 1 << 62, self.ends[-1] if self.ends else 0)
+        self._last: tuple[int, list[Row]] = (-1, [])
+
+    def __len__(self) -> int:
+        return self.length
+
+    def read(self, start: int, stop: int) -> list[Row]:
+        """Rows start to stop. Neighbouring calls read each shard once."""
+        found: list[Row] = []
+        for i, (first, end) in enumerate(zip([0, *self.ends], self.ends)):
+            if first < stop and start < end:
+                if self._last[0] != i:
+                    self._last = (i, from_table(self.kind, read_table(self.paths[i]), str(self.paths[i])))
+                found += self._last[1][max(start - first, 0) : stop - first]
+        return found
 
 
 def versions() -> dict[str, str]:

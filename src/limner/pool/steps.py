@@ -19,7 +19,7 @@ from limner.images import bucket_sizes, choose_bucket, decode, encode_png, fit_t
 from limner.models.stable_diffusion import Pipeline
 from limner.pool import sample
 from limner.records import Image, Prompt, to_table
-from limner.store import input_hash, open_step, read_rows
+from limner.store import Rows, input_hash, open_step, read_manifest, read_rows
 
 Select = Callable[[list[Image]], set[str]]
 LATENTS = pa.schema([("image_id", pa.string()), ("latents", pa.binary()), ("shape", pa.list_(pa.int64()))])
@@ -93,8 +93,7 @@ def make_pool(
         model: identity of the weights; by default the pipeline's.
         part: (i, n) of `--shard i/n`.
     """
-    prompts = [Prompt(id=p.id, text=p.text, split=p.split, image=p.image) for p in read_rows(prompts_folder, Prompt)]
-    prompts = prompts[: limit or None]
+    prompts = Rows(prompts_folder, Prompt, limit)
     config = {
         "sampler": asdict(sampler), "images_per_prompt": images_per_prompt, "resolution": resolution, "seed": seed,
         "model": model or pipeline.hash, "prompts_per_shard": prompts_per_shard, "prompts": len(prompts),
@@ -103,7 +102,8 @@ def make_pool(
     }  # fmt: skip
     step = open_step(folder, kind, config, {"prompts": input_hash(prompts_folder)})
 
-    def work(_: int, chosen: Sequence[Prompt], progress: Progress) -> dict[str, pa.Table]:
+    def work(_: int, span: range, progress: Progress) -> dict[str, pa.Table]:
+        chosen = prompts.read(span.start, span.stop)
         sizes = [image_size(p.image) if p.image else (resolution, resolution) for p in chosen]
         requests = [sample.Request(p, k, w, h) for p, (w, h) in zip(chosen, sizes) for k in range(images_per_prompt)]
         made = sample.sample(pipeline, requests, sampler, seed, progress)
@@ -114,7 +114,7 @@ def make_pool(
             tables["latents"] = latents_table([(r.id, z) for r, (_, z) in zip(rows, made) if r.id in keep])
         return tables
 
-    tasks = [prompts[i : i + prompts_per_shard] for i in range(0, len(prompts), prompts_per_shard)]
+    tasks = spans(len(prompts), prompts_per_shard)
     if run_shards(step, tasks, work, units=lambda p: len(p) * images_per_prompt, name=folder.name, part=part):
         step.finish({"images": len(prompts) * images_per_prompt, "prompts": len(prompts)})
 
@@ -128,17 +128,18 @@ def make_reconstructions(
     Raises:
         ValueError: a prompt has no real image, or a timestep lies outside the schedule.
     """
-    prompts = list(read_rows(prompts_folder, Prompt))[: limit or None]
-    for p in prompts:
-        if p.image is None:
-            raise ValueError(f"reconstruct: prompt {p.id} has no real image; give data.train a source with images")
+    prompts = Rows(prompts_folder, Prompt, limit)
+    if read_manifest(prompts_folder)["counts"]["with_image"] < len(prompts):
+        bare = next(p.id for p in read_rows(prompts_folder, Prompt) if p.image is None)
+        raise ValueError(f"reconstruct: prompt {bare} has no real image; give data.train a source with images")
     config = {
         "sampler": asdict(sampler), "timesteps": sorted(timesteps), "seed": seed, "model": pipeline.hash, "prompts": len(prompts),
         "prompts_per_shard": prompts_per_shard, "dtype": str(pipeline.dtype), "threads": torch.get_num_threads(),
     }  # fmt: skip
     step = open_step(folder, "reconstruct", config, {"prompts": input_hash(prompts_folder)})
 
-    def work(_: int, chosen: Sequence[Prompt], progress: Progress) -> dict[str, pa.Table]:
+    def work(_: int, span: range, progress: Progress) -> dict[str, pa.Table]:
+        chosen = prompts.read(span.start, span.stop)
         rows: list[Image] = []
         latents: list[tuple[str, Tensor]] = []
         by_size: dict[tuple[int, int], list[Prompt]] = {}
@@ -154,9 +155,14 @@ def make_reconstructions(
                 latents += [(r.id, z) for r, (_, z) in zip(new, made)]
         return {"part": to_table(Image, rows), "latents": latents_table(latents)}
 
-    tasks = [prompts[i : i + prompts_per_shard] for i in range(0, len(prompts), prompts_per_shard)]
+    tasks = spans(len(prompts), prompts_per_shard)
     if run_shards(step, tasks, work, units=lambda p: len(p) * len(timesteps), name=folder.name, part=part):
         step.finish({"images": len(prompts) * len(timesteps), "timesteps": sorted(timesteps)})
+
+
+def spans(count: int, size: int) -> list[range]:
+    """0 .. count in ranges of at most `size`."""
+    return [range(i, min(i + size, count)) for i in range(0, count, size)]
 
 
 def latents_table(latents: Sequence[tuple[str, Tensor]]) -> pa.Table:
