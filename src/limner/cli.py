@@ -20,6 +20,7 @@ COMMANDS: dict[str, str] = {
     "generate": "images of the evaluation prompts from base and stages",
     "evaluate": "measure and compare; metrics.json",
     "report": "report.html and the table",
+    "annotate": "people look at images: serve, invite, import, export, consolidate, simulate",
     "figures": "the embedded world: make",
     "env": "versions, for bug reports",
 }
@@ -36,6 +37,15 @@ def parser() -> argparse.ArgumentParser:
             continue
         if name == "figures":
             c.add_argument("action", choices=["make"])
+        if name == "annotate":
+            c.add_argument("action", choices=["serve", "invite", "import", "export", "consolidate", "simulate"])
+            c.add_argument(
+                "--file", default="", help="import, export: .jsonl, .csv, .parquet, .json (Label Studio) or .tfrecord (RichHF-18K)"
+            )
+            c.add_argument("--rater", default="", help="invite: who")
+            c.add_argument("--role", default="rater", choices=["rater", "admin"], help="invite: as what")
+            c.add_argument("--count", type=int, default=3, help="simulate: how many")
+            c.add_argument("--ties_misaligned", action="store_true", help="consolidate: words marked by half of the raters are misaligned")
         c.add_argument("recipe", nargs="?", help="a YAML file")
         c.add_argument("--config", help="the same")
         c.add_argument("--print_config", action="store_true", help="print every value and stop")
@@ -47,7 +57,10 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-OPTIONS = ("--help", "--config", "--print_config", "--dry_run", "--stage", "--shard")
+OPTIONS = (
+    "--help", "--config", "--print_config", "--dry_run", "--stage", "--shard", "--file", "--rater", "--role", "--count",
+    "--ties_misaligned",
+)  # fmt: skip
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -92,6 +105,8 @@ def dispatch(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         from limner.figures.world import make_world
 
         return make_world(Path(path), overrides, print_config=args.print_config)
+    if args.command == "annotate":
+        return dispatch_annotate(args, path, overrides)
     recipe = load_recipe(path, overrides)
     if args.print_config:
         print(dump(recipe))
@@ -116,6 +131,22 @@ def dispatch(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         "evaluate": steps.evaluate, "report": steps.report,
     }  # fmt: skip
     actions[args.command](run)
+    return 0
+
+
+def dispatch_annotate(args: argparse.Namespace, path: str, overrides: Sequence[str]) -> int:
+    from limner.config import dump
+    from limner.feedback.study import load_study
+
+    study = load_study(path, overrides)
+    if args.print_config:
+        print(dump(study))
+        return 0
+    try:
+        from limner.steps.annotate import annotate
+    except ImportError as error:
+        raise ValueError(f"annotate needs the extra `annotate` (pip install 'limner[annotate]'): {error}") from error
+    annotate(args.action, study, file=args.file, rater=args.rater, role=args.role, count=args.count, ties_misaligned=args.ties_misaligned)
     return 0
 
 

@@ -492,6 +492,6 @@ def to_dict(value: Any) -> Any:
     return [to_dict(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def dump(recipe: Recipe) -> str:
-    """A complete YAML of the recipe."""
+def dump(recipe: Any) -> str:
+    """A complete YAML of a recipe or study."""
     return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,288 @@
+"""Who answers what: items are kept for raters for a while, and answers come in once.
+
+An item has `overlap` slots. Taking one is a single statement of the database, so two raters never hold the same; what a rater has answered
+or skipped is not offered to them again. Gold comes after every so many answers, and has a slot for each rater.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from sqlalchemy import Select, exists, func, or_, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlmodel import Session, col
+
+from limner.feedback import checks
+from limner.feedback.database import Answer, Database, Draft, Item, Meta, Picture, Rater, Slot, reading, writing
+from limner.feedback.display import store_image
+from limner.feedback.study import Study, identity, iter_images, make_items
+from limner.store import differences
+
+
+class Conflict(ValueError):
+    """Another tab, or another rater, was there first; the answer stays a draft."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What became of an answer. correct: share of a gold item's answer that was found, None for others."""
+
+    revision: int
+    again: bool
+    correct: float | None = None
+    message: str = ""
+
+
+def set_up(study: Study, database: Database) -> dict[str, int]:
+    """Fill the database with the study's items, once; nothing is there until all is.
+
+    Returns:
+        what was left out and why (of images that cannot be shown: "unreadable image").
+
+    Raises:
+        ValueError: the database holds another study, or no items are left.
+    """
+    wanted = identity(study)
+    with reading(database) as session:
+        found = session.get(Meta, "study")
+    if found is not None:
+        if changed := list(differences(json.loads(found.value), wanted)):
+            raise ValueError(
+                "the database holds a study of another configuration:\n  "
+                + "\n  ".join(changed)
+                + "\nChoose another output_dir or database."
+            )
+        return {}
+    items, dropped = make_items(study)
+    for item in items:
+        if item.gold is not None and (problem := checks.gold_error(study, item.gold)):
+            raise ValueError(f"{study.gold.source}: {item.key}: {problem}")
+    pictures, unreadable = _store_images(study, {i for item in items for i in item.images})
+    shown = [i for i in items if all(name in pictures for name in i.images)]
+    if len(shown) < len(items):
+        dropped["unreadable image"] = len(items) - len(shown)
+    if not shown:
+        raise ValueError(f"no items: {', '.join(f'{why} ({n})' for why, n in dropped.items())}; {'; '.join(unreadable[:3])}")
+    with writing(database) as session:
+        session.add(Meta(key="study", value=json.dumps(wanted)))
+        session.add(Meta(key="unreadable", value=json.dumps(unreadable)))
+        session.add_all(pictures.values())
+        session.flush()
+        for position, item in enumerate(shown):
+            row = Item(
+                key=item.key, position=position, text=item.text, pictures=json.dumps([pictures[i].token for i in item.images]),
+                gold=None if item.gold is None else json.dumps(item.gold), message=item.message,
+            )  # fmt: skip
+            session.add(row)
+            session.flush()
+            if item.gold is None:
+                session.add_all(Slot(item_id=cast(int, row.id), number=n, position=position) for n in range(study.overlap))
+    return dropped
+
+
+def _store_images(study: Study, wanted: set[str]) -> tuple[dict[str, Picture], list[str]]:
+    found, unreadable = dict[str, Picture](), list[str]()
+    for source in filter(None, (study.images.source, study.images.against)):
+        for image in iter_images(source):
+            if image.id not in wanted or image.id in found:
+                continue
+            try:
+                shown = store_image(images_folder(study), image.image, f"image {image.id}")
+            except ValueError as error:
+                unreadable.append(str(error))
+                continue
+            found[image.id] = Picture(
+                token=secrets.token_urlsafe(12), image_id=image.id, digest=shown.digest, media=shown.media, width=shown.width,
+                height=shown.height,
+            )  # fmt: skip
+    return found, unreadable
+
+
+def images_folder(study: Study) -> Path:
+    """Where the images of a study lie as they are shown."""
+    return Path(study.output_dir) / "images"
+
+
+def take(session: Session, study: Study, rater_id: int, now: float) -> Slot | None:
+    """The slot that a rater works on: the one they hold, else one they have a draft for, else gold if it is due, else the next.
+
+    None: there is none for them now. The slot is theirs for `lease_minutes` more.
+    """
+    session.execute(select(col(Rater.id)).where(col(Rater.id) == rater_id).with_for_update())  # two tabs take turns
+    held = select(Slot).where(col(Slot.rater_id) == rater_id, ~col(Slot.done), col(Slot.expires) > now).order_by(col(Slot.position))
+    slot = session.execute(held.limit(1)).scalar_one_or_none() or _due_gold(session, study, rater_id)
+    if slot is None:
+        drafted = exists().where(col(Draft.item_id) == col(Slot.item_id), col(Draft.rater_id) == rater_id)
+        for query in (_open(rater_id, now).where(drafted), _open(rater_id, now)):
+            locked = query.order_by(col(Slot.position), col(Slot.number)).limit(1).with_for_update(skip_locked=True)
+            if slot := session.execute(locked).scalar_one_or_none():
+                break
+        else:
+            return None
+    slot.rater_id, slot.expires = rater_id, now + study.lease_minutes * 60
+    session.add(slot)
+    session.flush()
+    return slot
+
+
+def _open(rater_id: int, now: float) -> Select:
+    """Slots that this rater may take: not done, kept for nobody, of an item that they have neither answered nor hold."""
+    mine = exists().where(col(Answer.item_id) == col(Slot.item_id), col(Answer.rater_id) == rater_id, ~col(Answer.final))
+    other = Slot.__table__.alias()  # type: ignore[attr-defined]
+    holds = exists().where(other.c.item_id == col(Slot.item_id), other.c.rater_id == rater_id, other.c.id != col(Slot.id))
+    free = or_(col(Slot.rater_id).is_(None), col(Slot.expires) <= now)
+    return select(Slot).where(~col(Slot.done), free, ~mine, ~holds)
+
+
+def _due_gold(session: Session, study: Study, rater_id: int) -> Slot | None:
+    """A slot of the next gold item, if so many others were answered since the last."""
+    if not study.gold.source:
+        return None
+    is_gold = col(Item.gold).is_not(None)
+    mine = select(func.count(func.distinct(col(Answer.item_id)))).join(Item, col(Item.id) == col(Answer.item_id))
+    answered = session.execute(mine.where(col(Answer.rater_id) == rater_id, ~is_gold)).scalar_one()
+    seen = session.execute(mine.where(col(Answer.rater_id) == rater_id, is_gold)).scalar_one()
+    if answered // study.gold.every <= seen:
+        return None
+    done = exists().where(col(Answer.item_id) == col(Item.id), col(Answer.rater_id) == rater_id)
+    item = session.execute(select(Item).where(is_gold, ~done).order_by(col(Item.position)).limit(1)).scalar_one_or_none()
+    if item is None:
+        return None
+    held = session.execute(select(Slot).where(col(Slot.item_id) == item.id, col(Slot.rater_id) == rater_id)).scalar_one_or_none()
+    return held or Slot(item_id=cast(int, item.id), number=rater_id, position=item.position)
+
+
+def save_draft(database: Database, study: Study, rater_id: int, item_id: int, base: int, payload: Any) -> int:
+    """Keep what a rater has so far, and the item for them; returns the draft's version.
+
+    Raises:
+        Conflict: the draft was changed since `base`, in another tab.
+        ValueError: it is not an item of this rater's.
+    """
+    now = time.time()
+    with writing(database) as session:
+        slot = _own_slot(session, rater_id, item_id)
+        draft = session.get(Draft, (item_id, rater_id), with_for_update=True)
+        if draft is None:
+            draft = Draft(item_id=item_id, rater_id=rater_id, payload="")
+        elif draft.version != base:
+            raise Conflict("This item was changed in another tab. Reload to see what is there.")
+        draft.version, draft.payload, draft.saved = draft.version + 1, json.dumps(payload, allow_nan=False), now
+        session.add(draft)
+        if slot is not None and not slot.done:
+            slot.expires = now + study.lease_minutes * 60
+            session.add(slot)
+        return draft.version
+
+
+def _own_slot(session: Session, rater_id: int, item_id: int) -> Slot | None:
+    """This rater's slot of the item, locked; None where it went to somebody else while they had a draft.
+
+    Raises:
+        ValueError: the item was never theirs.
+    """
+    query = select(Slot).where(col(Slot.item_id) == item_id, col(Slot.rater_id) == rater_id).with_for_update()
+    slot = session.execute(query).scalar_one_or_none()
+    if slot is None and session.get(Draft, (item_id, rater_id)) is None:
+        mine = select(col(Answer.id)).where(col(Answer.item_id) == item_id, col(Answer.rater_id) == rater_id)
+        if session.execute(mine.limit(1)).first() is None:
+            raise ValueError("This item is not yours.")
+    return slot
+
+
+def submit(
+    database: Database, study: Study, rater_id: int, item_id: int, id: str, base: int, payload: Any, *, seconds: float = 0.0,
+    skipped: str = "", final: bool = False
+) -> Saved:  # fmt: skip
+    """Take an answer (or a reason to skip) in. Durable when this returns; the same id again changes nothing.
+
+    Args:
+        id: made by the page.
+        base: the revision that the page knew; 0 for none.
+        skipped: why there is no answer; the slot is then free for somebody else.
+        final: an admin settles the item; it takes no slot.
+
+    Raises:
+        Conflict: answered in another tab since `base`, or all the item's slots went to others meanwhile.
+        ValueError: an answer that is not complete, or an item that is not this rater's.
+    """
+    for attempt in (0, 1):
+        try:
+            with writing(database) as session:
+                return _submit(session, study, rater_id, item_id, id, base, payload, seconds, skipped, final)
+        except IntegrityError:  # the same answer, or one of another tab, came in at the same moment: see which
+            if attempt:
+                raise Conflict("This item was answered in another tab.") from None
+    raise AssertionError("not reached")
+
+
+def _submit(
+    session: Session, study: Study, rater_id: int, item_id: int, id: str, base: int, payload: Any, seconds: float, skipped: str, final: bool
+) -> Saved:
+    known = session.get(Answer, id)
+    if known is not None:
+        if (known.rater_id, known.item_id) != (rater_id, item_id):
+            raise ValueError("This submission id was used before.")
+        return Saved(known.revision, again=True, correct=known.correct)
+    item = session.get(Item, item_id)
+    if item is None:
+        raise ValueError("There is no such item.")
+    correct: float | None = None
+    if not skipped:
+        found = checks.interpret(study, payload, item.text, images_of(session, item))
+        correct = checks.gold_score(json.loads(item.gold), found) if item.gold and not final else None
+    if not final:
+        _settle_slot(session, rater_id, item, bool(skipped))
+    last = select(func.max(col(Answer.revision))).where(col(Answer.item_id) == item_id, col(Answer.rater_id) == rater_id)
+    revision = session.execute(last).scalar_one() or 0
+    if revision != base:
+        raise Conflict("This item was answered in another tab. Reload to see the answer.")
+    answer = Answer(
+        id=id, item_id=item_id, rater_id=rater_id, revision=revision + 1, payload=json.dumps(payload, allow_nan=False), skipped=skipped,
+        seconds=seconds, correct=correct, final=final,
+    )  # fmt: skip
+    session.add(answer)
+    if draft := session.get(Draft, (item_id, rater_id)):
+        session.delete(draft)
+    session.flush()
+    return Saved(answer.revision, again=False, correct=correct, message=item.message if item.gold else "")
+
+
+def _settle_slot(session: Session, rater_id: int, item: Item, skipped: bool) -> None:
+    """Mark the rater's slot done, or free it; one that was lost is got back if any is free."""
+    slot = _own_slot(session, rater_id, cast(int, item.id))
+    if skipped:
+        if slot is not None and item.gold is None:
+            slot.rater_id, slot.expires, slot.done = None, 0.0, False
+        elif slot is not None:
+            slot.done = True
+    elif slot is None:
+        free = or_(col(Slot.rater_id).is_(None), col(Slot.expires) <= time.time())
+        query = select(Slot).where(col(Slot.item_id) == item.id, ~col(Slot.done), free).limit(1).with_for_update(skip_locked=True)
+        slot = session.execute(query).scalar_one_or_none()
+        if slot is None:
+            raise Conflict("This item went to other raters meanwhile. Your draft is kept.")
+        slot.rater_id, slot.done = rater_id, True
+    else:
+        slot.done = True
+    if slot is not None:
+        session.add(slot)
+
+
+def images_of(session: Session, item: Item) -> dict[str, str]:
+    """An item's image ids by token, in the item's order."""
+    names = json.loads(item.pictures)
+    rows = session.execute(select(col(Picture.token), col(Picture.image_id)).where(col(Picture.token).in_(names))).tuples().all()
+    found = dict(rows)
+    return {token: found[token] for token in names}
+
+
+def release(database: Database, rater_id: int) -> None:
+    """Give back what a rater holds and has not answered."""
+    with writing(database) as session:
+        session.execute(update(Slot).where(col(Slot.rater_id) == rater_id, ~col(Slot.done)).values(rater_id=None, expires=0.0))

@@ -1,0 +1,113 @@
+"""A study's answers as files: what each rater said, what they said together, and every revision."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from limner.feedback import answers, exchange, richhf
+from limner.feedback.consolidate import agreement, consolidate, side_answers, side_by_side
+from limner.feedback.database import Database
+from limner.feedback.study import Study, identity
+from limner.records import Feedback, to_table
+from limner.statistics import Interval
+from limner.store import open_step, read_table, write_atomic
+
+FORMATS = {
+    "feedback.jsonl": "what each rater said, a row a line", "feedback.csv": "the same as a table", "feedback.parquet": "the same",
+    "history.jsonl": "every revision with raw points, clicks and times", "label-studio.json": "for Label Studio",
+    "richhf.tfrecord": "consolidated, in RichHF-18K's format",
+}  # fmt: skip
+
+
+def write(study: Study, database: Database, path: Path) -> dict[str, Any]:
+    """Write the answers so far to a file; its name says how: one of `FORMATS`, or another with one of these endings.
+
+    Raises:
+        ValueError: another ending, or a task that the format has no place for.
+    """
+    if path.name.endswith("history.jsonl"):
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in answers.history(database)]
+        write_atomic(path, "".join(lines))
+        return {"rows": len(lines)}
+    rows = answers.feedback(answers.given(study, database))
+    if path.suffix in (".json", ".tfrecord") and study.task != "rich":
+        raise ValueError(f"{path.name}: task {study.task} has no place in this format; take .jsonl, .csv or .parquet")
+    if path.suffix == ".json":
+        tasks = exchange.to_label_studio(rows, answers.images(study, database), lambda image_id: f"images/{image_id}")
+        write_atomic(path, json.dumps(tasks, ensure_ascii=False, indent=1))
+        return {"rows": len(rows), "tasks": len(tasks)}
+    if path.suffix == ".tfrecord":
+        found, report = consolidate(rows, answers.images(study, database))
+        return {**richhf.write(path, found), "other_words": report["other_words"]}
+    exchange.write_rows(path, rows)
+    return {"rows": len(rows)}
+
+
+def read(path: Path, study: Study, database: Database) -> tuple[list[Feedback], dict[str, Any]]:
+    """Feedback rows of a file to import: .jsonl, .csv, .parquet, Label Studio's .json, or RichHF-18K's .tfrecord.
+
+    Raises:
+        ValueError: another ending or a damaged file.
+    """
+    if path.suffix == ".json":
+        try:
+            return exchange.from_label_studio(json.loads(path.read_text()))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not JSON ({error})") from error
+    if path.suffix == ".tfrecord":
+        rows, report = richhf.read(path)
+        prompts = {image.id: image.text for image in answers.images(study, database)}
+        joined, more = richhf.join(rows, prompts)
+        return [f for row in joined for f in richhf.to_feedback(row)], report | more
+    return exchange.read_rows(path), {}
+
+
+def consolidate_study(study: Study, database: Database, ties_misaligned: bool = False) -> dict[str, Any]:
+    """Write what raters said together below output_dir: `feedback` (rows of each rater) and, for task rich, `rich` (maps, words, ratings),
+    both as step folders made anew each time, and report.json with agreement and, for side by side, levels, wins and a sign test.
+
+    Raises:
+        ValueError: nobody has answered yet.
+    """
+    out, rows = Path(study.output_dir), answers.feedback(answers.given(study, database))
+    if not rows:
+        raise ValueError(f"{study.name}: no answers to consolidate yet")
+    made_of = {"study": identity(study), "ties_misaligned": ties_misaligned}
+    report: dict[str, Any] = {"task": study.task, "answers": len(rows), "agreement": _plain(agreement(rows, study.seed))}
+    tables = {"feedback": to_table(Feedback, rows)}
+    if study.task == "rich":
+        found, said = consolidate(rows, answers.images(study, database), ties_misaligned=ties_misaligned)
+        tables["rich"] = richhf.to_table(found)
+        report["consolidated"] = {k: v for k, v in said.items() if k != "raters"} | {"raters": len({r.rater for r in rows})}
+    if study.task == "side":
+        said_of, pairs = side_answers(rows)
+        report["side"] = _plain(side_by_side(said_of, pairs))
+    for name, table in tables.items():
+        folder = out / name
+        if (folder / "manifest.json").is_file():
+            shutil.rmtree(folder)
+        step = open_step(folder, name, made_of, {})
+        step.write(0, table)
+        step.finish({"rows": table.num_rows})
+    write_atomic(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    return report
+
+
+def read_consolidated(folder: Path) -> list[richhf.RichFeedback]:
+    """The rows of a consolidated study's folder `rich`."""
+    return richhf.from_table(read_table(folder / "part-00000.parquet"))
+
+
+def _plain(value: Any) -> Any:
+    """Intervals as objects, keys as text, nan as null: JSON."""
+    if isinstance(value, Interval):
+        return _plain(value._asdict())
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, float):
+        return value if value == value else None
+    return asdict(value) if hasattr(value, "__dataclass_fields__") else value

@@ -1,0 +1,89 @@
+"""`limner annotate`: serve a study, invite, import, export, consolidate, and let simulated raters answer it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from limner.feedback.study import Study
+
+ACTIONS = {
+    "serve": "the page that raters and admins use",
+    "invite": "a link that signs somebody in once (--rater, --role)",
+    "import": "answers from a file (--file)",
+    "export": "answers to a file (--file)",
+    "consolidate": "what raters said together, and how far they agree",
+    "simulate": "raters of the embedded world answer through the page's own requests (--count)",
+}
+
+
+def annotate(action: str, study: Study, **options: Any) -> None:
+    """Do one of `ACTIONS`; options are those of the command line."""
+    actions: dict[str, Callable[..., None]] = {
+        "serve": _serve, "invite": _invite, "import": _import, "export": _export, "consolidate": _consolidate, "simulate": _simulate,
+    }  # fmt: skip
+    actions[action](study, **options)
+
+
+def _serve(study: Study, **_: Any) -> None:
+    from limner.feedback.server import serve
+
+    serve(study, os.environ.pop("LIMNER_ADMIN_PASSWORD", ""))
+
+
+def _invite(study: Study, rater: str = "", role: str = "rater", **_: Any) -> None:
+    from limner.feedback.server import invitation, prepare
+
+    if not rater:
+        raise ValueError("--rater: not set; who is invited?")
+    server = study.server
+    where = f"{'https' if server.https else 'http'}://{server.host}:{server.port}"
+    print(f"annotate: {rater}, once: {invitation(study, prepare(study), rater, role, where)}")
+
+
+def _import(study: Study, file: str = "", **_: Any) -> None:
+    from limner.feedback.answers import import_feedback
+    from limner.feedback.exports import read
+    from limner.feedback.server import prepare
+
+    database = prepare(study)
+    rows, report = read(_file(file), study, database)
+    for name, value in report.items():
+        if value not in ([], {}, 0, None):
+            print(f"  {name}: {str(value)[:200]}")
+    counts = import_feedback(study, database, rows)
+    print("annotate import: " + (", ".join(f"{why} {n}" for why, n in counts.items()) or "no rows"))
+
+
+def _export(study: Study, file: str = "", **_: Any) -> None:
+    from limner.feedback.exports import write
+    from limner.feedback.server import prepare
+
+    report = write(study, prepare(study), _file(file))
+    print(f"annotate export: wrote {file}: " + ", ".join(f"{k} {v}" for k, v in report.items() if v not in ([], {})))
+
+
+def _consolidate(study: Study, ties_misaligned: bool = False, **_: Any) -> None:
+    from limner.feedback.exports import consolidate_study
+    from limner.feedback.server import prepare
+
+    report = consolidate_study(study, prepare(study), ties_misaligned)
+    for name, values in report["agreement"].items():
+        alpha = values["alpha"]
+        print(f"  {name:13} alpha {'-' if alpha is None else f'{alpha:.3f}'}")
+    if "side" in report:
+        wins = report["side"]["wins"]
+        print(f"  wins {wins['value']:.3f} ({wins['low']:.3f} to {wins['high']:.3f}), p {report['side']['p_value']:.3g}")
+    print(f"annotate consolidate: wrote {study.output_dir}/report.json")
+
+
+def _simulate(study: Study, count: int = 3, **_: Any) -> None:
+    raise ValueError("not there yet")
+
+
+def _file(file: str) -> Path:
+    if not file:
+        raise ValueError("--file: not set; which file?")
+    return Path(file)

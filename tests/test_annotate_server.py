@@ -1,0 +1,329 @@
+"""The annotation server by HTTP: assignments, drafts, revisions, gold, access. Counts are worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("sqlmodel", reason="needs the extra `annotate`")
+
+from sqlalchemy import select
+
+import study as s
+from limner.feedback import accounts, answers, assign, exports, progress, server
+from limner.feedback.database import Answer, Draft, Slot, open_database, reading, writing
+from limner.feedback.exchange import read_rows
+from limner.feedback.guard import Bucket, allow
+from limner.feedback.study import load_study
+
+TEXTS = {f"i{n}": f"a red cat number {n}" for n in range(4)}
+
+
+@pytest.fixture
+def site(tmp_path: Path):
+    s.image_folder(tmp_path / "images", TEXTS)
+    study = s.study_of(tmp_path, {"overlap": 2, "raters": ["anna"], "server": {"requests_per_second": 1000}})
+    return study, server.prepare(study)
+
+
+def stored(database, kind=Answer):
+    with reading(database) as session:
+        return list(session.execute(select(kind)).scalars())
+
+
+def test_two_raters_finish_a_study_and_nobody_sees_an_item_twice(site) -> None:
+    study, database = site
+    raters = [s.sign_in(s.client(study, database), study, database, f"r{n}") for n in range(3)]
+    for turn in range(6):
+        for n, rater in enumerate(raters):
+            if rater.get("/api/task").json()["item"]:
+                assert s.answer(rater, s.rich([[0.5, 0.5]], [1]), f"answer-{n}-{turn}").status_code == 200
+    pairs = [(a.item_id, a.rater_id) for a in stored(database)]
+    assert len(pairs) == len(set(pairs)) == 8  # 4 items by 2
+    assert sorted([i for i, _ in pairs].count(i) for i in {i for i, _ in pairs}) == [2, 2, 2, 2]
+    end = raters[0].get("/api/task").json()
+    assert end["item"] is None and end["finished"] and end["progress"]["done"] == end["progress"]["total"] == 8
+
+
+def test_the_last_slot_is_held_by_one_and_given_on_when_its_time_is_over(site) -> None:
+    study, database = site
+    a, b, c = (s.sign_in(s.client(study, database), study, database, n) for n in "abc")
+    items = [r.get("/api/task").json()["item"]["id"] for r in (a, b, c)]
+    assert items[0] == items[1] != items[2]
+    with writing(database) as session:
+        for slot in session.execute(select(Slot).where(Slot.item_id == items[0])).scalars():
+            slot.expires = time.time() - 1
+            session.add(slot)
+    a.post("/api/draft", json={"item": items[0], "version": 0, "payload": {"ratings": {"overall": 2}}})  # keeps it for a
+    d = s.sign_in(s.client(study, database), study, database, "d")
+    e = s.sign_in(s.client(study, database), study, database, "e")
+    assert d.get("/api/task").json()["item"]["id"] == items[0]  # b's place
+    assert e.get("/api/task").json()["item"]["id"] != items[0]
+    assert s.answer(d, s.rich(), "from-d-0").status_code == 200
+    assert s.answer(a, s.rich(), "from-a-0", items[0]).status_code == 200
+    late = s.answer(b, s.rich(), "from-b-0", items[0])
+    assert late.status_code in (400, 409)
+    assert sum(x.item_id == items[0] for x in stored(database)) == 2
+
+
+def test_a_late_draft_is_kept_and_its_answer_refused(site) -> None:
+    study, database = site
+    a, b, c = (s.sign_in(s.client(study, database), study, database, n) for n in "abc")
+    item = a.get("/api/task").json()["item"]["id"]
+    a.post("/api/draft", json={"item": item, "version": 0, "payload": {"ratings": {"overall": 2}}})
+    with writing(database) as session:
+        for slot in session.execute(select(Slot).where(Slot.item_id == item)).scalars():
+            slot.expires = 1.0
+            session.add(slot)
+    for n, r in enumerate((b, c)):
+        assert s.answer(r, s.rich(), f"others-{n}", r.get("/api/task").json()["item"]["id"]).status_code == 200
+    late = s.answer(a, s.rich(), "too-late-0", item)
+    assert late.status_code == 409 and "went to other raters" in late.json()["error"]
+    assert [json.loads(d.payload) for d in stored(database, Draft)] == [{"ratings": {"overall": 2}}]
+
+
+def test_the_same_submission_twice_is_one_answer(site) -> None:
+    study, database = site
+    a = s.sign_in(s.client(study, database), study, database, "a")
+    item = a.get("/api/task").json()["item"]["id"]
+    first, again = (s.answer(a, s.rich([[0.1, 0.2]]), "same-id-1", item).json() for _ in range(2))
+    assert (first["again"], again["again"], first["revision"], again["revision"]) == (False, True, 1, 1)
+    assert len(stored(database)) == 1
+    b = s.sign_in(s.client(study, database), study, database, "b")
+    stolen = s.answer(b, s.rich(), "same-id-1")
+    assert stolen.status_code == 400 and "used before" in stolen.json()["error"]
+
+
+def test_edits_keep_every_revision_and_the_last_counts(site) -> None:
+    study, database = site
+    a = s.sign_in(s.client(study, database), study, database, "a")
+    item = a.get("/api/task").json()["item"]["id"]
+    s.answer(a, s.rich(rating=2), "first-one", item, seconds=8)
+    seen = a.get(f"/api/task?item={item}").json()
+    assert seen["revision"] == 1 and seen["answer"]["ratings"]["overall"] == 2
+    s.answer(a, s.rich(rating=5), "second-one", item, base=1)
+    assert [(x.revision, json.loads(x.payload)["ratings"]["overall"]) for x in stored(database)] == [(1, 2), (2, 5)]
+    (given,) = answers.given(study, database)
+    assert given.found["ratings"]["overall"] == 5
+    assert [h["revision"] for h in answers.history(database)] == [1, 2]
+    assert str(item) in a.get("/mine").text and "revision 2" in a.get("/mine").text
+
+
+def test_two_tabs_of_one_rater(site) -> None:
+    study, database = site
+    a = s.sign_in(s.client(study, database), study, database, "a")
+    one, two = a.get("/api/task").json(), a.get("/api/task").json()
+    assert one["item"]["id"] == two["item"]["id"]  # the same item, not two
+    item = one["item"]["id"]
+    assert a.post("/api/draft", json={"item": item, "version": 0, "payload": {"x": 1}}).json() == {"version": 1}
+    stale = a.post("/api/draft", json={"item": item, "version": 0, "payload": {"x": 2}})
+    assert stale.status_code == 409 and "another tab" in stale.json()["error"]
+    assert s.answer(a, s.rich(), "tab-one-1", item).status_code == 200
+    other = s.answer(a, s.rich(rating=1), "tab-two-1", item)
+    assert other.status_code == 409 and len(stored(database)) == 1
+
+
+def test_skips_free_the_slot_for_others_and_can_be_taken_back(site) -> None:
+    study, database = site
+    a, b = (s.sign_in(s.client(study, database), study, database, n) for n in "ab")
+    item = a.get("/api/task").json()["item"]["id"]
+    body = {"id": "skip-this-1", "item": item, "base": 0, "skipped": "half a character \ud800"}
+    assert a.post("/api/submit", content=json.dumps(body), headers={"content-type": "application/json"}).status_code == 422
+    after = a.post("/api/submit", json={**body, "skipped": "I cannot\x00 tell\n"})
+    assert after.json()["next"]["item"]["id"] != item
+    assert [x.skipped for x in stored(database)] == ["I cannot tell"]
+    assert answers.given(study, database) == [] and progress.overview(database)["skipped"] == 1
+    assert b.get("/api/task").json()["item"]["id"] == item
+    assert s.answer(a, s.rich(), "after-all-1", item, base=1).status_code == 200
+    assert len(answers.given(study, database)) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"nothing": {}}, "Mark what looks wrong"),
+        ({"nothing": {"image": True}}, "Mark what contradicts"),
+        ({"points": {"artifact": [[0.1, 0.1]], "misalignment": []}}, "which of the two"),
+        ({"ratings": {"overall": 3}}, "Not rated yet: plausibility, alignment, aesthetics"),
+        ({"ratings": dict.fromkeys(("plausibility", "alignment", "aesthetics", "overall"), 6)}, "expected 1 to 5"),
+        ({"points": {"artifact": [[1.5, 0]], "misalignment": []}}, "0 to 1"),
+        ({"points": {"artifact": "x"}}, "expected a list"),
+        ({"words": {"misaligned": [99]}}, "positions among 5 tokens"),
+    ],
+)
+def test_incomplete_answers_are_refused_in_the_raters_words(site, change, message) -> None:
+    study, database = site
+    a = s.sign_in(s.client(study, database), study, database, "a")
+    refused = s.answer(a, s.rich() | change, "not-complete")
+    assert refused.status_code == 400 and message in refused.json()["error"]
+    assert stored(database) == []
+
+
+def test_gold_is_mixed_in_and_told(tmp_path: Path) -> None:
+    s.image_folder(tmp_path / "images", TEXTS)
+    gold = {"image_id": "i3", "answer": {"points": {"artifact": [[0.5, 0.5]]}, "ratings": {"overall": 1}}, "message": "Look at the hand."}
+    (tmp_path / "gold.jsonl").write_text(json.dumps(gold) + "\n")
+    study = s.study_of(tmp_path, {"overlap": 1, "gold": {"from": str(tmp_path / "gold.jsonl"), "every": 2}})
+    database = server.prepare(study)
+    a = s.sign_in(s.client(study, database), study, database, "a")
+    texts = []
+    for n in range(4):
+        texts.append(a.get("/api/task").json()["item"]["text"])
+        found = s.answer(a, s.rich([[0.55, 0.5]], rating=5), f"gold-run-{n}").json()
+        if "gold" in found:
+            assert found["gold"] == {"correct": 0.5, "message": "Look at the hand."}  # the point is near, the rating is not
+    assert texts == [TEXTS[i] for i in ("i0", "i1", "i3", "i2")]
+    (row,) = [r for r in progress.rater_rows(database, answers.given(study, database)) if r["answers"]]
+    assert (row["gold"], row["golds"]) == (0.5, 1)
+    assert {f.image_id for f in answers.feedback(answers.given(study, database))} == {"i0", "i1", "i2"}  # what was known is not exported
+
+
+def test_an_admin_settles_and_the_raters_answers_are_kept(site) -> None:
+    study, database = site
+    a, b = (s.sign_in(s.client(study, database), study, database, n) for n in "ab")
+    item = a.get("/api/task").json()["item"]["id"]
+    assert b.get("/api/task").json()["item"]["id"] == item
+    s.answer(a, s.rich(rating=1), "rater-a-1", item)
+    s.answer(b, s.rich(rating=5), "rater-b-1", item)
+    boss = s.sign_in(s.client(study, database), study, database, "boss", "admin")
+    (worst,) = progress.disagreements(answers.given(study, database))
+    assert (worst["id"], worst["much"]) == (item, 1.0)
+    assert "rater" in boss.get(f"/admin/items/{item}").text
+    assert s.answer(boss, s.rich(rating=2), "settled-1", item).status_code == 200
+    assert [(g.rater, g.found["ratings"]["overall"]) for g in answers.given(study, database)] == [("boss", 2)]
+    assert len(answers.given(study, database, settled=False)) == 2 and progress.disagreements(answers.given(study, database)) == []
+    assert len(stored(database)) == 3
+
+
+def test_pages_and_exports_of_admins(site, tmp_path: Path) -> None:
+    study, database = site
+    a, b = (s.sign_in(s.client(study, database), study, database, n) for n in "ab")
+    for n in range(4):
+        for who, rater in (("a", a), ("b", b)):
+            s.answer(rater, s.rich([[0.5, 0.5]], [1], 2 + n % 3), f"export-{who}-{n}")
+    boss = s.sign_in(s.client(study, database), study, database, "boss", "admin")
+    page = boss.get("/admin").text
+    assert "100 %" in page and "8 of 8 answers" in page
+    assert boss.get("/admin/gallery").text.count("<circle") == 8
+    for name in exports.FORMATS:
+        file = tmp_path / name
+        file.write_bytes(boss.get(f"/admin/export/{name}").content)
+    rows = read_rows(tmp_path / "feedback.jsonl")
+    assert rows == read_rows(tmp_path / "feedback.parquet") == read_rows(tmp_path / "feedback.csv") and len(rows) == 8 * 3
+    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 8
+    again = s.study_of(tmp_path, {"overlap": 2, "output_dir": str(tmp_path / "again"), "images": {"from": str(tmp_path / "images")}})
+    other = server.prepare(again)
+    read, _ = exports.read(tmp_path / "label-studio.json", again, other)
+    assert answers.import_feedback(again, other, read) == {"imported": 8}
+    assert answers.import_feedback(again, other, read) == {"again": 8}
+    back = {(f.image_id, f.rater, f.kind): json.loads(f.payload) for f in answers.feedback(answers.given(again, other))}
+    assert back == {(f.image_id, f.rater, f.kind): json.loads(f.payload) for f in rows}
+    third = [r for r in read if r.rater == "a"]
+    late = [type(r)(**{**vars(r), "rater": "c", "id": r.id + "c"}) for r in third]
+    assert answers.import_feedback(again, other, late) == {"more raters than overlap": 4}
+    report = exports.consolidate_study(study, database)
+    assert report["consolidated"]["rows"] == 4 and report["agreement"]["overall"]["alpha"] == pytest.approx(1)
+    consolidated = exports.read_consolidated(Path(study.output_dir) / "rich")
+    assert consolidated[0].labels == (1, 0, 1, 1, 1) and consolidated[0].overall == 0.25
+
+
+def test_access(site) -> None:
+    study, database = site
+    nobody = s.client(study, database)
+    assert nobody.get("/").headers["location"] == "/login" and nobody.get("/api/task").status_code == 401
+    a = s.sign_in(s.client(study, database), study, database, "a")
+    token = a.get("/api/task").json()["item"]["images"][0]["token"]
+    picture = a.get(f"/images/{token}")
+    assert picture.headers["content-type"] == "image/png" and nobody.get(f"/images/{token}").status_code in (303, 401)
+    for path in ("/admin", "/admin/gallery", "/admin/items/1", "/admin/export/feedback.csv"):
+        assert a.get(path).status_code == 403
+    page = a.get("/")
+    assert page.headers["content-security-policy"].startswith("default-src 'none'; script-src 'self'")
+    assert "unsafe" not in page.headers["content-security-policy"] and page.headers["x-content-type-options"] == "nosniff"
+    assert s.token_in(page.text) == a.headers["x-csrf-token"]
+
+
+def test_cookies(site) -> None:
+    study, database = site
+    browser = s.client(study, database)
+    link = server.invitation(study, database, "anna", "rater", "")
+    assert browser.get(link).status_code == browser.get(link).status_code == 200  # looking does not use it up
+    cookie = browser.post(link).headers["set-cookie"].lower()
+    assert "httponly" in cookie and "samesite=strict" in cookie
+    assert s.client(study, database).post(link).status_code == 410
+    value = browser.cookies["limner"]
+    for forged in (value[:-1] + ("A" if value[-1] != "A" else "B"), value.split(".")[0], "x.y", "ü"):
+        assert accounts.person(database, forged, accounts.study_key(database)) is None
+    with writing(database) as session:
+        session.execute(accounts.update(accounts.Login).values(expires=1.0))
+    expired = browser.post("/api/draft", json={"item": 1, "version": 0, "payload": {}})
+    assert expired.status_code == 401 and "Sign in again" in expired.json()["error"]
+
+
+def test_passwords(site) -> None:
+    study, database = site
+    browser = s.client(study, database)
+    link = server.invitation(study, database, "anna", "rater", "")
+    assert browser.post(link, data={"password": "short"}).status_code == 400
+    assert browser.post(link, data={"password": "long enough it is"}).status_code == 303
+    other = s.client(study, database)
+    assert other.post("/login", data={"name": "anna", "password": "long enough it isn't"}).status_code == 401
+    assert other.post("/login", data={"name": "nobody", "password": "long enough it is"}).status_code == 401
+    assert other.post("/login", data={"name": "anna", "password": "long enough it is"}).status_code == 303
+    with reading(database) as session:
+        (hashed,) = session.execute(select(accounts.Rater.password).where(accounts.Rater.name == "anna")).one()
+    assert hashed.startswith("$argon2id$")
+    boss = s.sign_in(s.client(study, database), study, database, "boss", "admin")
+    (who,) = [r["id"] for r in progress.rater_rows(database, []) if r["name"] == "anna"]
+    boss.post("/admin/block", data={"rater": who, "csrf": boss.headers["x-csrf-token"]})
+    assert other.get("/api/task").status_code == 401
+    assert other.post("/login", data={"name": "anna", "password": "long enough it is"}).status_code == 401
+
+
+def test_posts_of_other_sites_are_refused(site) -> None:
+    study, database = site
+    a = s.sign_in(s.client(study, database), study, database, "a")
+    item = a.get("/api/task").json()["item"]["id"]
+    body = {"id": "cross-site-1", "item": item, "base": 0, "payload": s.rich()}
+    for headers in (
+        {"origin": "https://elsewhere.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}, {"sec-fetch-site": "same-site"},
+        {"x-csrf-token": ""}, {"x-csrf-token": "x" * 32}, {"x-csrf-token": "é"},
+    ):  # fmt: skip
+        assert a.post("/api/submit", json=body, headers={k: v.encode() for k, v in headers.items()}).status_code == 403, headers
+    assert a.post("/logout", data={"csrf": "no"}).status_code == 403
+    assert stored(database) == []
+    assert a.post("/api/submit", json=body, headers={"origin": s.ORIGIN}).status_code == 200
+
+
+def test_rate_limits(site, tmp_path: Path) -> None:
+    bucket = Bucket(rate=1, burst=3)
+    assert [allow(bucket, "a", 0.0) for _ in range(4)] == [True, True, True, False]
+    assert allow(bucket, "b", 0.0) and not allow(bucket, "a", 0.5) and allow(bucket, "a", 1.5)
+    study, database = site
+    browser = s.client(study, database)
+    tried = [browser.get("/join/no").status_code for _ in range(study.server.attempts_per_minute + 2)]
+    assert tried[0] == 410 and tried[-1] == 429
+
+
+def test_only_this_machine_unless_told(site) -> None:
+    study = site[0]
+    folder = Path(study.output_dir).parent
+    open_to_all = load_study(folder / "study.yaml", ["--server.host", "0.0.0.0"])
+    with pytest.raises(ValueError, match=r"server.host: 0.0.0.0 is reached from other machines"):
+        server.serve(open_to_all)
+    public = load_study(folder / "study.yaml", ["--server.host", "0.0.0.0", "--server.public", "true"])
+    with pytest.raises(ValueError, match="no admin has a password"):
+        server.serve(public)
+
+
+def test_another_study_in_the_same_database_is_refused(site) -> None:
+    study, database = site
+    assert assign.set_up(study, database) == {}
+    changed = load_study(Path(study.output_dir).parent / "study.yaml", ["--overlap", "3"])
+    with pytest.raises(ValueError, match="overlap: was 2, now 3"):
+        server.prepare(changed)
+    with pytest.raises(ValueError, match="cannot be opened"):
+        open_database("postgresql+psycopg://nobody:secret@127.0.0.1:1/none", Path("."))
