@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
@@ -118,6 +119,10 @@ class ClipScorer:
         """The transformers CLIPModel."""
         return self.tower.model
 
+    def to_device(self, device: str) -> None:
+        """Move the tower."""
+        self.tower.to_device(device)
+
     @property
     def _scale(self) -> float:
         return self.tower.scale if self._how.scale is None else self._how.scale
@@ -137,6 +142,13 @@ class ClipScorer:
             UserWarning: how many prompts are longer than the context.
         """
         check_images(images)
+        return self._scores(images, prompts, differentiable).to(images.device)
+
+    def score_pictures(self, pictures: Sequence[Image.Image], prompts: Sequence[str | None]) -> list[float]:
+        """As `PictureScorer`: sizes may differ within a batch."""
+        return self._scores(pictures, prompts, False).tolist()
+
+    def _scores(self, images: Tensor | Sequence[Image.Image], prompts: Sequence[str | None] | None, differentiable: bool) -> Tensor:
         texts: list[str] = []
         if self._how.pair:
             texts = list(self._how.pair)
@@ -144,8 +156,7 @@ class ClipScorer:
             texts = [self._how.prefix + p for p in self._checked(prompts, len(images))]
         text = self.tower.encode_texts(texts) if texts else None
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-            image = self.tower.encode_images(images, differentiable)
-            return self._score(image, text).float().to(images.device)
+            return self._score(self.tower.encode_images(images, differentiable), text).float()
 
     def _score(self, image: Tensor, text: Tensor | None) -> Tensor:
         """Unit vectors (B, D) of images, and of their prompts or the pair, to (B,)."""
