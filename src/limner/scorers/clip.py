@@ -20,6 +20,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from limner.images import check_images
 from limner.scorers.convert import VIT_H_14, VIT_L_14, Activation, Tower, build_clip, openai_to_clip, tower_of
+from limner.scorers.protocol import checked_prompts
 from limner.scorers.tower import ClipTower, Crop, find_tokenizer
 from limner.scorers.weights import compare, read_weights
 from limner.store import sha256
@@ -153,7 +154,7 @@ class ClipScorer:
         if self._how.pair:
             texts = list(self._how.pair)
         elif self.needs_prompt:
-            texts = [self._how.prefix + p for p in self._checked(prompts, len(images))]
+            texts = [self._how.prefix + p for p in checked_prompts(self.name, self.metric, prompts, len(images))]
         text = self.tower.encode_texts(texts) if texts else None
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             return self._score(self.tower.encode_images(images, differentiable), text).float()
@@ -167,15 +168,6 @@ class ClipScorer:
             return (100 * (image @ text.T)).softmax(1)[:, 0]
         cosine = (image * text).sum(1)
         return self._scale * (cosine.clamp(min=0) if self._how.floor else cosine)
-
-    def _checked(self, prompts: Sequence[str | None] | None, count: int) -> list[str]:
-        found = [p for p in prompts or () if p is not None]
-        if prompts is None or len(found) < len(prompts):
-            at = "" if prompts is None else f" (image {list(prompts).index(None)} has none)"
-            raise ValueError(f"scorer {self.name}: {self.metric} needs a prompt for every image{at}; give one, or choose a scorer without")
-        if len(found) != count:
-            raise ValueError(f"scorer {self.name}: {count} images but {len(found)} prompts; expected one each")
-        return found
 
 
 def load_scorer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -46,7 +47,23 @@ class PictureScorer(Scorer, Protocol):
 def describe(scorer: Scorer) -> dict[str, Any]:
     """What a manifest keeps of a scorer: what its numbers mean, and the SHA-256 of the files that made them."""
     return {
-        "revision": scorer.revision, "metric": getattr(scorer, "metric", ""), "range": [float(f"{x:.6g}") for x in scorer.range],
+        "revision": scorer.revision, "metric": getattr(scorer, "metric", ""), 
+        "range": [float(f"{x:.6g}") if math.isfinite(x) else None for x in scorer.range],
         "higher_is_better": scorer.higher_is_better, "comparable_across_prompts": scorer.comparable_across_prompts,
         "needs_prompt": scorer.needs_prompt, "files": dict(getattr(scorer, "files", {})),
     }  # fmt: skip
+
+
+def checked_prompts(name: str, metric: str, prompts: Sequence[str | None] | None, count: int) -> list[str]:
+    """The prompts of `count` images.
+
+    Raises:
+        ValueError: one is missing, or there is another number of them; names the scorer and the image.
+    """
+    found = [p for p in prompts or () if p is not None]
+    if prompts is None or len(found) < len(prompts):
+        at = "" if prompts is None else f" (image {list(prompts).index(None)} has none)"
+        raise ValueError(f"scorer {name}: {metric} needs a prompt for every image{at}; give one, or choose a scorer without")
+    if len(found) != count:
+        raise ValueError(f"scorer {name}: {count} images but {len(found)} prompts; expected one each")
+    return found

@@ -108,12 +108,14 @@ def load_model(recipe: Recipe, source: str = "") -> Pipeline:
 
 def load_scorer(name: str, spec: ScorerSpec) -> Scorer:
     """A scorer that a recipe names."""
-    from limner.scorers import clip, dual
+    from limner.scorers import blip, clip, dual
 
     path = resolve(spec.path, name)
     if spec.kind == "dual":
         return dual.load_scorer(path, name)
     tower, tokenizer = (resolve(p, name) if p else None for p in (spec.tower, spec.tokenizer))
+    if spec.kind in blip.REWARDS:
+        return blip.load_scorer(path, name, spec.kind, tokenizer=tokenizer)
     return clip.load_scorer(path, name, spec.kind, tower=tower, tokenizer=tokenizer, activation=spec.activation or None)
 
 
