@@ -14,7 +14,7 @@ COMMANDS: dict[str, str] = {
     "run": "all steps of a recipe; finished ones are skipped",
     "pool": "images of the training prompts to choose from",
     "reconstruct": "real images noised and denoised (SDRecon)",
-    "score": "score pool and reconstructions",
+    "score": "score pool and reconstructions; or, without a recipe, --images PATH --scorers NAME=WEIGHTS ... --output_dir OUT",
     "examples": "choose winners and losers (--stage)",
     "train": "train a stage (--stage)",
     "generate": "images of the evaluation prompts from base and stages",
@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+WITHOUT_RECIPE = ("--images", "--scorers")  # options of `limner score` that say so
 OPTIONS = (
     "--help", "--config", "--print_config", "--dry_run", "--stage", "--shard", "--file", "--rater", "--role", "--count",
     "--ties_misaligned",
@@ -81,15 +82,25 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    own, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(own)
+    words = list(sys.argv[1:] if argv is None else argv)
+    own, overrides = split_overrides(words)
+    without_recipe = words[:1] == ["score"] and any(w.partition("=")[0] in WITHOUT_RECIPE for w in words)
+    args = argparse.Namespace(command=words[0]) if without_recipe else parser().parse_args(own)
     try:
-        return dispatch(args, overrides)
+        return direct(words) if without_recipe else dispatch(args, overrides)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"limner {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def direct(words: Sequence[str]) -> int:
+    """Commands without a recipe."""
+    from limner.steps import direct
+
+    quiet_libraries()
+    return direct.score_files(words[1:])
 
 
 def dispatch(args: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -1,0 +1,96 @@
+"""Commands that need no recipe: `limner score --images`. Arguments to calls; each imports what it uses."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import typing
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from limner.config import ScorerKind, ScorerSpec
+from limner.engine import parse_part
+from limner.steps.run import load_scorer, to_device
+
+if TYPE_CHECKING:
+    from limner.scorers.protocol import Scorer
+
+SCORERS = "NAME=WEIGHTS[,kind=KIND][,tower=...][,tokenizer=...][,activation=...]"
+
+
+def score_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="limner score", description="Score images with several scorers in one pass. NAME is a kind, such as hps_v2_1; else set kind=."
+    )  # fmt: skip
+    p.add_argument("--images", help="a folder of images, with or without captions; .parquet, .jsonl, .csv, .tar; one image", metavar="PATH")
+    p.add_argument("--scorers", nargs="+", required=True, metavar="SCORER", help=SCORERS)
+    p.add_argument("--output_dir", help="where the scores are written; the same command goes on where it was stopped")
+    p.add_argument("--prompt", default="", help="of the images that have no caption")
+    p.add_argument("--caption_column", default="", help="of tables (default: text, caption or prompt)")
+    p.add_argument("--image_column", default="", help="of tables (default: image or file_name)")
+    p.add_argument("--batch_size", type=int, default=32)
+    p.add_argument("--images_per_shard", type=int, default=256, help="how often work is saved")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps ...")
+    p.add_argument("--shard", default="0/1", help="i/n: this process takes every n-th shard from the i-th")
+    return p
+
+
+def score_files(argv: Sequence[str]) -> int:
+    """`limner score --images PATH --scorers NAME=WEIGHTS ... --output_dir OUT`."""
+    from limner.scorers import files
+
+    args = score_parser().parse_args(argv)
+    if not args.images or not args.output_dir:
+        raise ValueError("--images and --output_dir: what to score, and where to write the scores")
+    for name in ("batch_size", "images_per_shard"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name}: {getattr(args, name)}; expected at least 1")
+    source = files.Source(
+        path=Path(args.images), caption_column=args.caption_column, image_column=args.image_column, prompt=args.prompt.strip()
+    )
+    part = parse_part(args.shard)
+    scorers = load_scorers(args.scorers, args.device)
+    out = Path(args.output_dir)
+    if files.score_files(source, out, scorers, batch_size=args.batch_size, images_per_shard=args.images_per_shard, part=part):
+        files.print_summary(out, scorers)
+        print(f"wrote {out / 'scores.csv'}")
+    return 0
+
+
+def load_scorers(texts: Sequence[str], device: str = "auto") -> list[Scorer]:
+    """Scorers of the command line's texts."""
+    specs: dict[str, ScorerSpec] = {}
+    for text in texts:
+        name, spec = parse_scorer(text)
+        if name in specs:
+            raise ValueError(f"--scorers {name}: given twice")
+        specs[name] = spec
+    scorers = [load_scorer(name, spec) for name, spec in specs.items()]
+    to_device(scorers, device)
+    return scorers
+
+
+def parse_scorer(text: str) -> tuple[str, ScorerSpec]:
+    """`hps_v2_1=weights/HPS_v2.1_compressed.pt` or `mine=weights/x.pt,kind=hps_v2,tokenizer=clip` to a name and what it means.
+
+    Raises:
+        ValueError: not of that form, a kind or an option that there is not.
+    """
+    options = {f.name for f in fields(ScorerSpec)} - {"path"}
+    name, equals, rest = text.partition("=")
+    path, *more = re.split(r",(?=\w+=)", rest)
+    if not equals or not path or not re.fullmatch(r"[\w.-]+", name):
+        raise ValueError(f"--scorers {text}: expected {SCORERS}")
+    values = dict(m.split("=", 1) for m in more)
+    if unknown := [k for k in values if k not in options]:
+        raise ValueError(f"--scorers {name}: no option {unknown[0]}; known: {', '.join(sorted(options))}")
+    kinds = typing.get_args(ScorerKind)
+    kind = values.setdefault("kind", name)
+    if kind not in kinds or kind == "reader":
+        near = difflib.get_close_matches(kind, kinds, 1)
+        hint = f"did you mean {near[0]}?" if near else f"{name}=...,kind=KIND with one of {', '.join(k for k in kinds if k != 'reader')}"
+        raise ValueError(f"--scorers {name}: no kind of scorer {kind!r}; {hint}")
+    return name, ScorerSpec(path=path, **typing.cast("dict[str, typing.Any]", values))
