@@ -20,6 +20,7 @@ COMMANDS: dict[str, str] = {
     "generate": "images of the evaluation prompts from base and stages",
     "evaluate": "measure and compare; metrics.json",
     "report": "report.html and the table",
+    "scorer": "preference scorers of your own: import, export, train, evaluate",
     "figures": "the embedded world: make",
     "env": "versions, for bug reports",
 }
@@ -36,6 +37,8 @@ def parser() -> argparse.ArgumentParser:
             continue
         if name == "figures":
             c.add_argument("action", choices=["make"])
+        if name == "scorer":
+            c.add_argument("action", choices=["import", "export"])
         c.add_argument("recipe", nargs="?", help="a YAML file")
         c.add_argument("--config", help="the same")
         c.add_argument("--print_config", action="store_true", help="print every value and stop")
@@ -86,6 +89,10 @@ def dispatch(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     if args.command == "env":
         return print_environment()
     path = args.recipe or args.config
+    if args.command == "scorer":
+        from limner.steps.scorer import scorer
+
+        return scorer(args.action, path, overrides, print_config=args.print_config)
     if not path:
         raise ValueError("which recipe? e.g. limner run recipes/figures/demo.yaml")
     if args.command == "figures":
