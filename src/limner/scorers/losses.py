@@ -32,7 +32,8 @@ def pickscore(winner: Tensor, loser: Tensor, preference: Tensor | float = 1.0) -
 
 
 def choice_among(scores: Tensor, shares: Tensor, *, there: Tensor | None = None) -> Tensor:
-    """HPS v1's loss (arXiv 2303.14420, its classifier of choices): cross-entropy between the softmax over a prompt's images and which one was chosen.
+    """HPS v1's loss (arXiv 2303.14420, its classifier of choices): cross-entropy between the softmax over a prompt's
+    images and which one was chosen.
 
     Where several were chosen alike (HPS has no such rows) `shares` says how often; for two images and one-hot shares it is
     `bradley_terry`.
@@ -113,7 +114,8 @@ def gaussian(
     preference: Tensor | float = 1.0,
     expect: Literal["loss", "probability"] = "loss",
 ) -> Tensor:
-    """HPSv3's loss (arXiv 2508.03789, uncertainty-aware ranking): scores are Gaussians, so their difference is one, N(m_w - m_l, s_w² + s_l²).
+    """HPSv3's loss (arXiv 2508.03789, uncertainty-aware ranking): scores are Gaussians, so their difference is one,
+    N(m_w - m_l, s_w² + s_l²).
 
     The released code draws 1,000 differences and averages -log sigmoid over them (`expect` loss); the paper writes the logarithm of the
     averaged probability (`expect` probability), which lets an unsure scorer off more cheaply. Here the average is Gauss-Hermite quadrature

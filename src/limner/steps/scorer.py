@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 from limner.config import build, to_dict
+from limner.steps.run import load_scorer, resolve
 
-ACTIONS = ("import", "export")
+if TYPE_CHECKING:
+    from limner.scorers.objective import TrainScorer
+
 T = TypeVar("T")
 
 
@@ -21,8 +24,9 @@ def scorer(action: str, path: str | None, overrides: Sequence[str], *, print_con
         ValueError: unknown keys, unusable input.
     """
     from limner.scorers import exchange
+    from limner.scorers.objective import TrainScorer
 
-    kinds: dict[str, Any] = {"import": exchange.Import, "export": exchange.Export}
+    kinds: dict[str, Any] = {"import": exchange.Import, "export": exchange.Export, "train": TrainScorer}
     config = read_config(kinds[action], path, overrides)
     if print_config:
         print(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120))
@@ -30,7 +34,30 @@ def scorer(action: str, path: str | None, overrides: Sequence[str], *, print_con
         print_report(exchange.import_choices(config), config.output_dir)
     elif action == "export":
         print(f"wrote {exchange.export_choices(config)} pairs to {config.output_dir}")
+    elif action == "train":
+        train(config)
     return 0
+
+
+def train(config: TrainScorer) -> Path:
+    """Train a scorer, or go on; returns its folder, which recipes name as {kind: clip or dual, path: folder}."""
+    from limner.scorers import learn, learner
+    from limner.scorers.dual import DualConfig
+
+    for key in ("output_dir", "choices"):
+        if not getattr(config, key):
+            raise ValueError(f"{key}: not set")
+    if config.start.kind == "dual" and not config.start.path:
+        tokenizer = resolve(config.start.tokenizer, "tokenizer")
+        shape = to_dict(config.dual)
+        start = learner.new_dual(DualConfig(**{**shape, "channels": tuple(shape["channels"])}), tokenizer, config.seed)
+        revision = f"new dual, seed {config.seed}"
+    else:
+        loaded = load_scorer("start", config.start)
+        start, revision = learner.learner_of(loaded), loaded.revision
+    folder = learn.train_scorer(config, start, revision=revision)
+    print(f"wrote {folder}; in recipes: {{kind: {start.kind}, path: {folder}}}")
+    return folder
 
 
 def read_config(kind: type[T], path: str | None, overrides: Sequence[str]) -> T:
