@@ -21,6 +21,7 @@ COMMANDS: dict[str, str] = {
     "evaluate": "measure and compare; metrics.json",
     "report": "report.html and the table",
     "annotate": "people look at images: serve, invite, import, export, consolidate, simulate",
+    "scorer": "preference scorers of your own: import, export, train, evaluate",
     "figures": "the embedded world: make",
     "env": "versions, for bug reports",
 }
@@ -46,6 +47,8 @@ def parser() -> argparse.ArgumentParser:
             c.add_argument("--role", default="rater", choices=["rater", "admin"], help="invite: as what")
             c.add_argument("--count", type=int, default=3, help="simulate: how many")
             c.add_argument("--ties_misaligned", action="store_true", help="consolidate: words marked by half of the raters are misaligned")
+        if name == "scorer":
+            c.add_argument("action", choices=["import", "export", "train"])
         c.add_argument("recipe", nargs="?", help="a YAML file")
         c.add_argument("--config", help="the same")
         c.add_argument("--print_config", action="store_true", help="print every value and stop")
@@ -110,6 +113,10 @@ def dispatch(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     if args.command == "env":
         return print_environment()
     path = args.recipe or args.config
+    if args.command == "scorer":
+        from limner.steps.scorer import scorer
+
+        return scorer(args.action, path, overrides, print_config=args.print_config)
     if not path:
         raise ValueError("which recipe? e.g. limner run recipes/figures/demo.yaml")
     if args.command == "figures":

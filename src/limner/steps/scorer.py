@@ -1,0 +1,81 @@
+"""The actions of `limner scorer`: import, export, train, evaluate. Each has a config of its own, from a YAML file or options alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import yaml
+
+from limner.config import build, to_dict
+from limner.steps.run import load_scorer, resolve
+
+if TYPE_CHECKING:
+    from limner.scorers.objective import TrainScorer
+
+T = TypeVar("T")
+
+
+def scorer(action: str, path: str | None, overrides: Sequence[str], *, print_config: bool = False) -> int:
+    """Run an action; returns the exit code.
+
+    Raises:
+        ValueError: unknown keys, unusable input.
+    """
+    from limner.scorers import exchange
+    from limner.scorers.objective import TrainScorer
+
+    kinds: dict[str, Any] = {"import": exchange.Import, "export": exchange.Export, "train": TrainScorer}
+    config = read_config(kinds[action], path, overrides)
+    if print_config:
+        print(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120))
+    elif action == "import":
+        print_report(exchange.import_choices(config), config.output_dir)
+    elif action == "export":
+        print(f"wrote {exchange.export_choices(config)} pairs to {config.output_dir}")
+    elif action == "train":
+        train(config)
+    return 0
+
+
+def train(config: TrainScorer) -> Path:
+    """Train a scorer, or go on; returns its folder, which recipes name as {kind: clip or dual, path: folder}."""
+    from limner.scorers import learn, learner
+    from limner.scorers.dual import DualConfig
+
+    for key in ("output_dir", "choices"):
+        if not getattr(config, key):
+            raise ValueError(f"{key}: not set")
+    if config.start.kind == "dual" and not config.start.path:
+        tokenizer = resolve(config.start.tokenizer, "tokenizer")
+        shape = to_dict(config.dual)
+        start = learner.new_dual(DualConfig(**{**shape, "channels": tuple(shape["channels"])}), tokenizer, config.seed)
+        revision = f"new dual, seed {config.seed}"
+    else:
+        loaded = load_scorer("start", config.start)
+        start, revision = learner.learner_of(loaded), loaded.revision
+    folder = learn.train_scorer(config, start, revision=revision)
+    print(f"wrote {folder}; in recipes: {{kind: {start.kind}, path: {folder}}}")
+    return folder
+
+
+def read_config(kind: type[T], path: str | None, overrides: Sequence[str]) -> T:
+    """A config of a YAML file, if there is one, and of options such as `--output_dir runs/mine`."""
+    try:
+        values = (yaml.safe_load(Path(path).read_text()) or {}) if path else {}
+    except FileNotFoundError:
+        raise ValueError(f"no recipe {path}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; expected keys and values, such as `output_dir: runs/mine`")
+    return build(kind, values, overrides, path or "config")
+
+
+def print_report(report: dict[str, Any], folder: str) -> None:
+    """What an import kept and dropped."""
+    print(f"wrote {report['rows']} rows to {folder}: {report['images']} images, {report['prompts']} prompts, {report['raters']} raters")
+    print(f"  pairs: {report['pairs']}, of them ties: {report['ties']}; rows without any order: {report['without_any_order']}")
+    for reason, found in report["dropped"].items():
+        print(f"  dropped {found['rows']}: {reason} ({', '.join(found['first'])}{' ...' if found['rows'] > len(found['first']) else ''})")
