@@ -22,7 +22,7 @@ from limner.engine import Progress, run_shards
 from limner.inputs import iter_images
 from limner.records import Image, Score, to_table
 from limner.scorers.protocol import Scorer, describe
-from limner.scorers.steps import score_images
+from limner.scorers.steps import keep_answers, score_images
 from limner.statistics import mean_interval
 from limner.store import open_step, read_rows, sha256, write_atomic
 
@@ -74,6 +74,7 @@ def score_files(
         "scorers": {s.name: describe(s) for s in scorers}, "batch_size": batch_size, "images_per_shard": images_per_shard,
         "caption_column": source.caption_column, "image_column": source.image_column, "prompt": source.prompt,
     }  # fmt: skip
+    keep_answers(scorers, folder)
     step = open_step(folder, "scores", config, {"images": files_hash(source.path)})
     tasks = [range(a, min(a + images_per_shard, total)) for a in range(0, total, images_per_shard)]
     mine = frozenset(i for i in range(len(tasks)) if i % part[1] == part[0] and not step.has(i))

@@ -1,4 +1,4 @@
-"""Commands that need no recipe: `limner score --images`. Arguments to calls; each imports what it uses."""
+"""Commands that need no recipe: `limner score --images`, `limner score --serve`, `limner caption`. Each imports what it uses."""
 
 from __future__ import annotations
 
@@ -57,6 +57,46 @@ def score_files(argv: Sequence[str]) -> int:
     if files.score_files(source, out, scorers, batch_size=args.batch_size, images_per_shard=args.images_per_shard, part=part):
         files.print_summary(out, scorers)
         print(f"wrote {out / 'scores.csv'}")
+    return 0
+
+
+def caption_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="limner caption", description="Caption photos with a vision-language model; the result is what data.train reads."
+    )  # fmt: skip
+    p.add_argument("--images", required=True, metavar="PATH", help="a folder of images; .parquet, .jsonl, .csv, .tar; one image")
+    p.add_argument(
+        "--output_dir", required=True, help="where prompts and photos are written; the same command goes on where it was stopped"
+    )
+    p.add_argument(
+        "--backend", required=True, metavar="URL|FOLDER", help="an endpoint such as http://localhost:8000/v1, or a model's folder"
+    )
+    p.add_argument("--model", default="", help="of an endpoint: as it calls it")
+    p.add_argument("--split", default="train", help="of the prompts; give training and test photos different models")
+    p.add_argument("--question", default="", help="instead of ours")
+    p.add_argument("--image_column", default="", help="of tables (default: image or file_name)")
+    p.add_argument("--device", default="auto", help="of a local model")
+    p.add_argument("--shard", default="0/1", help="i/n: this process takes every n-th shard from the i-th")
+    return p
+
+
+def caption(argv: Sequence[str]) -> int:
+    """`limner caption --images PATH --backend URL --model NAME --output_dir OUT`."""
+    from limner.scorers.backends import load_backend
+    from limner.scorers.caption import QUESTION, caption_files
+    from limner.scorers.files import Source
+
+    args = caption_parser().parse_args(argv)
+    backend = load_backend("caption", args.backend, args.model)
+    to_device([backend], args.device)
+    source = Source(path=Path(args.images), image_column=args.image_column)
+    counts = caption_files(
+        source, Path(args.output_dir), backend, split=args.split, question=args.question or QUESTION, part=parse_part(args.shard)
+    )
+    if counts is not None:
+        for reason, count in counts.most_common():
+            print(f"{count} {reason}" if reason == "captioned" else f"  {count} without: {reason}")
+        print(f"wrote {args.output_dir}; a recipe reads it as data.{args.split}")
     return 0
 
 
