@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-WITHOUT_RECIPE = ("--images", "--scorers")  # options of `limner score` that say so
+WITHOUT_RECIPE = ("--images", "--scorers", "--serve")  # options of `limner score` that say so
 OPTIONS = ("--help", "--config", "--print_config", "--dry_run", "--stage", "--shard")
 
 

@@ -43,7 +43,7 @@ def score_images(
                     values[i, scorer.name] = "there is no prompt"
                 else:
                     asked.append((i, picture))
-            found = _answers(scorer, [p for _, p in asked], [images[i].text for i, _ in asked]) if asked else []
+            found = answers(scorer, [p for _, p in asked], [images[i].text for i, _ in asked]) if asked else []
             values |= {(i, scorer.name): value for (i, _), value in zip(asked, found)}
         progress(len(rows))
     return [_row(image, scorer, values[i, scorer.name]) for i, image in enumerate(images) for scorer in scorers]
@@ -56,7 +56,7 @@ def keep_answers(scorers: Sequence[Scorer], folder: Path) -> None:
             scorer.keep_answers(folder / f"{scorer.name}.answers.jsonl")
 
 
-def _answers(scorer: Scorer, pictures: Sequence[PIL.Image.Image], prompts: Sequence[str]) -> Sequence[float | str]:
+def answers(scorer: Scorer, pictures: Sequence[PIL.Image.Image], prompts: Sequence[str]) -> Sequence[float | str]:
     """Of each picture its score, or why there is none. A scorer that takes one size at a time gets a batch a size."""
     if hasattr(scorer, "score_pictures"):
         return cast(PictureScorer, scorer).score_pictures(pictures, prompts)

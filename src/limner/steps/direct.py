@@ -35,6 +35,10 @@ def score_parser() -> argparse.ArgumentParser:
     p.add_argument("--images_per_shard", type=int, default=256, help="how often work is saved")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps ...")
     p.add_argument("--shard", default="0/1", help="i/n: this process takes every n-th shard from the i-th")
+    p.add_argument("--serve", action="store_true", help="answer over HTTP instead: POST /score, GET /health, GET /metrics")
+    p.add_argument("--host", default="127.0.0.1", help="of --serve; 0.0.0.0 = reachable from other machines, without any password")
+    p.add_argument("--port", type=int, default=8700, help="of --serve")
+    p.add_argument("--queue", type=int, default=256, help="of --serve: images that may wait; beyond them the answer is 503")
     return p
 
 
@@ -43,6 +47,8 @@ def score_files(argv: Sequence[str]) -> int:
     from limner.scorers import files
 
     args = score_parser().parse_args(argv)
+    if args.serve:
+        return serve(args)
     if not args.images or not args.output_dir:
         raise ValueError("--images and --output_dir: what to score, and where to write the scores")
     for name in ("batch_size", "images_per_shard"):
@@ -57,6 +63,19 @@ def score_files(argv: Sequence[str]) -> int:
     if files.score_files(source, out, scorers, batch_size=args.batch_size, images_per_shard=args.images_per_shard, part=part):
         files.print_summary(out, scorers)
         print(f"wrote {out / 'scores.csv'}")
+    return 0
+
+
+def serve(args: argparse.Namespace) -> int:
+    """`limner score --serve --scorers NAME=WEIGHTS ...`."""
+    try:
+        import uvicorn
+
+        from limner.scorers.serve import make_app
+    except ImportError as error:
+        raise ValueError(f"--serve needs {error.name}: pip install 'limner[serve]'") from None
+    app = make_app(load_scorers(args.scorers, args.device), batch_size=args.batch_size, limit=args.queue)
+    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
     return 0
 
 
