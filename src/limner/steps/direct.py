@@ -31,6 +31,8 @@ def score_parser() -> argparse.ArgumentParser:
     p.add_argument("--prompt", default="", help="of the images that have no caption")
     p.add_argument("--caption_column", default="", help="of tables (default: text, caption or prompt)")
     p.add_argument("--image_column", default="", help="of tables (default: image or file_name)")
+    p.add_argument("--combine", nargs="+", default=[], metavar="NAME=WEIGHT", help="also columns `combined` and `pareto` of these scores")
+    p.add_argument("--combine_by", choices=["zscore", "rank"], default="zscore", help="the common scale, within each prompt")
     p.add_argument("--batch_size", type=int, default=32)
     p.add_argument("--images_per_shard", type=int, default=256, help="how often work is saved")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps ...")
@@ -60,7 +62,10 @@ def score_files(argv: Sequence[str]) -> int:
     part = parse_part(args.shard)
     scorers = load_scorers(args.scorers, args.device)
     out = Path(args.output_dir)
-    if files.score_files(source, out, scorers, batch_size=args.batch_size, images_per_shard=args.images_per_shard, part=part):
+    if files.score_files(
+        source, out, scorers, batch_size=args.batch_size, images_per_shard=args.images_per_shard, part=part,
+        weights=parse_weights(args.combine), scale=args.combine_by,
+    ):  # fmt: skip
         files.print_summary(out, scorers)
         print(f"wrote {out / 'scores.csv'}")
     return 0
@@ -117,6 +122,18 @@ def caption(argv: Sequence[str]) -> int:
             print(f"{count} {reason}" if reason == "captioned" else f"  {count} without: {reason}")
         print(f"wrote {args.output_dir}; a recipe reads it as data.{args.split}")
     return 0
+
+
+def parse_weights(texts: Sequence[str]) -> dict[str, float]:
+    """`NAME=WEIGHT` to numbers.
+
+    Raises:
+        ValueError: not of that form.
+    """
+    try:
+        return {name: float(weight) for name, weight in (t.split("=") for t in texts)}
+    except ValueError:
+        raise ValueError(f"--combine {' '.join(texts)}: expected NAME=WEIGHT, such as pickscore=1 aesthetic_v2=0.5") from None
 
 
 def load_scorers(texts: Sequence[str], device: str = "auto") -> list[Scorer]:
