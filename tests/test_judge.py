@@ -261,6 +261,81 @@ def test_the_journal_survives_a_crash_while_it_writes(tmp_path: Path) -> None:
     assert not Journal(path, "another").answers
 
 
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "yes", "no", "a", "man", "2"]
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA of a few thousand random weights, its four image tokens before the text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )  # fmt: skip
+
+    folder = tmp_path_factory.mktemp("llava")
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
+    text = LlamaConfig(vocab_size=len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                       bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
+    torch.manual_seed(0)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=4, vision_feature_layer=-1)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}), tokenizer, patch_size=8,
+        vision_feature_select_strategy="default", image_token="<image>", num_additional_image_tokens=1,
+        chat_template="{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %} {{ c['text'] }}"
+        "{% endif %}{% endfor %}{% endfor %}",
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def test_a_local_model_answers(llava: Path) -> None:
+    """P(yes) of its first token as one pass of the model by hand gives it; a text as greedy decoding token by token gives it."""
+    from transformers import LlavaForConditionalGeneration
+
+    from limner.scorers.tower import preprocess_pictures
+
+    shown, asked = Image.new("RGB", (20, 30), (9, 200, 3)), 'Does this figure show "a man"? Please answer yes or no.'
+    mine = load_scorer("mine", ScorerSpec(kind="judge", path=str(llava), template="yes"))
+    assert isinstance(mine, judge.JudgeScorer) and list(mine.files) == ["model.safetensors"] and mine.revision.startswith("judge_yes@")
+    found = mine.score_pictures([shown, picture(7)], ["a man", "a man"])
+    model = LlavaForConditionalGeneration.from_pretrained(llava)
+    ids = [
+        WORDS.index(w) if w in WORDS else 3
+        for w in ("Does", "this", "figure", "show", '"', "a", "man", '"?', "Please", "answer", "yes", "or", "no", ".")
+    ]
+    ids = [4] * 4 + ids
+    pixels = preprocess_pictures([shown], 16, "transformers")
+    with torch.no_grad():
+        first = model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0, -1].softmax(-1)
+    assert found[0] == pytest.approx(float(first[5]), rel=1e-4) and found[0] != found[1]
+    answers: list[Answer] = []
+    mine.backend.ask([Question(text=asked, images=(judge.png(shown),), max_tokens=4)], lambda i, a: answers.append(a))
+    wanted = []
+    with torch.no_grad():
+        for _ in range(4):
+            wanted.append(int(model(input_ids=torch.tensor([ids + wanted]), pixel_values=pixels).logits[0, -1].argmax()))
+            if wanted[-1] == 2:
+                break
+    assert answers[0].text == " ".join(WORDS[i] for i in wanted if i > 4)
+    assert bool(answers[0].problem) == (wanted[-1] != 2)
+
+
 def test_backends_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"scorers\.mine\.path: .* is neither an address \(http://\.\.\.\) nor a folder with config\.json"):
         load_scorer("mine", ScorerSpec(kind="judge", path=str(tmp_path)))

@@ -262,7 +262,9 @@ class LocalBackend:
             best = out.logits[0][0].float().softmax(-1).topk(min(FIRST_TOKENS, out.logits[0].shape[-1]))
             for value, token in zip(best.values.tolist(), best.indices.tolist()):
                 first[words.decode([token])] = first.get(words.decode([token]), 0.0) + value
-        cut = not question.probabilities and len(new) == question.max_tokens and int(new[-1]) != self.model_.generation_config.eos_token_id
+        ends = self.model_.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        cut = not question.probabilities and len(new) == question.max_tokens and int(new[-1]) not in ends
         return Answer(text=words.decode(new, skip_special_tokens=True).strip(), first=first,
                       problem="the answer was cut off at its longest" if cut else "")  # fmt: skip
 
