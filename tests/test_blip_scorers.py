@@ -13,7 +13,7 @@ import plain_blip as plain
 from limner.config import ScorerSpec
 from limner.images import to_tensor
 from limner.scorers import blip
-from limner.scorers.steps import _answers
+from limner.scorers.steps import answers
 from limner.scorers.weights import tensors_of
 from limner.steps.run import load_scorer
 from plain_clip import preprocess
@@ -94,9 +94,9 @@ def test_published_files_fit(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_score_depends_neither_on_batch_mates_nor_on_padding(files: Path, kind: str) -> None:
     scorer = load(files, kind)
-    together = _answers(scorer, pictures(), PROMPTS)
+    together = answers(scorer, pictures(), PROMPTS)
     for order in ([3, 2, 1, 0], [2], [0, 1]):
-        alone = _answers(scorer, [pictures()[i] for i in order], [PROMPTS[i] for i in order])
+        alone = answers(scorer, [pictures()[i] for i in order], [PROMPTS[i] for i in order])
         assert alone == pytest.approx([together[i] for i in order], rel=1e-5, abs=1e-5)  # scores go through 0
 
 

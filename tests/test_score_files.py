@@ -212,6 +212,26 @@ def test_bad_commands(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
          "o", *mine)  # fmt: skip
 
 
+def test_combined_scores(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Four images of one prompt by hand from the columns; other weights need no new scores."""
+    pq.write_table(pa.table({"image": [png(i) for i in range(4)], "text": ["a man"] * 4}), tmp_path / "x.parquet")
+    assert score(weights, tmp_path / "x.parquet", tmp_path / "out", "--combine", "mine=1", "clip_cosine=3") == 0
+    rows = list(csv.DictReader((tmp_path / "out/scores.csv").open()))
+    a, b = (np.array([float(r[n]) for r in rows]) for n in ("mine", "clip_cosine"))
+    expected = ((a - a.mean()) / a.std() + 3 * (b - b.mean()) / b.std()) / 4
+    assert [float(r["combined"]) for r in rows] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert [r["pareto"] for r in rows] == [
+        "1" if (a[i], b[i]) == (a.max(), b.max()) else "0" for i in range(4)
+    ]  # one is a multiple of the other
+    assert score(weights, tmp_path / "x.parquet", tmp_path / "out", "--combine", "mine=1", "--combine_by", "rank") == 0
+    rows = list(csv.DictReader((tmp_path / "out/scores.csv").open()))
+    assert [float(r["combined"]) for r in rows] == pytest.approx(((a.argsort().argsort()) / 3).tolist(), abs=1e-6)
+    assert score(weights, tmp_path / "x.parquet", tmp_path / "out", "--combine", "his=1") == 2
+    assert "weights: no score 'his'; there are mine, clip_cosine" in capsys.readouterr().err
+    assert score(weights, tmp_path / "x.parquet", tmp_path / "out", "--combine", "mine") == 2
+    assert "--combine mine: expected NAME=WEIGHT" in capsys.readouterr().err
+
+
 def test_other_images_in_the_folder_of_scores(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos = photo_folder(tmp_path / "photos")
     assert score(weights, photos, tmp_path / "out") == 0

@@ -15,6 +15,7 @@ COMMANDS: dict[str, str] = {
     "pool": "images of the training prompts to choose from",
     "reconstruct": "real images noised and denoised (SDRecon)",
     "score": "score pool and reconstructions; or, without a recipe, --images PATH --scorers NAME=WEIGHTS ... --output_dir OUT",
+    "caption": "caption photos with a vision-language model; needs no recipe",
     "examples": "choose winners and losers (--stage)",
     "train": "train a stage (--stage)",
     "generate": "images of the evaluation prompts from base and stages",
@@ -60,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-WITHOUT_RECIPE = ("--images", "--scorers")  # options of `limner score` that say so
+WITHOUT_RECIPE = ("--images", "--scorers", "--serve")  # options of `limner score` that say so
 OPTIONS = (
     "--help", "--config", "--print_config", "--dry_run", "--stage", "--shard", "--file", "--rater", "--role", "--count",
     "--ties_misaligned",
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     own, overrides = split_overrides(words)
-    without_recipe = words[:1] == ["score"] and any(w.partition("=")[0] in WITHOUT_RECIPE for w in words)
+    without_recipe = words[:1] == ["caption"] or (words[:1] == ["score"] and any(w.partition("=")[0] in WITHOUT_RECIPE for w in words))
     args = argparse.Namespace(command=words[0]) if without_recipe else parser().parse_args(own)
     try:
         return direct(words) if without_recipe else dispatch(args, overrides)
@@ -103,7 +104,7 @@ def direct(words: Sequence[str]) -> int:
     from limner.steps import direct
 
     quiet_libraries()
-    return direct.score_files(words[1:])
+    return (direct.caption if words[0] == "caption" else direct.score_files)(words[1:])
 
 
 def dispatch(args: argparse.Namespace, overrides: Sequence[str]) -> int:

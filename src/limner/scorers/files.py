@@ -11,18 +11,20 @@ import csv
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from limner.engine import Progress, run_shards
 from limner.inputs import iter_images
 from limner.records import Image, Score, to_table
+from limner.scorers.combine import Floats, Scale, combine, pareto
 from limner.scorers.protocol import Scorer, describe
-from limner.scorers.steps import score_images
+from limner.scorers.steps import keep_answers, score_images
 from limner.statistics import mean_interval
 from limner.store import open_step, read_rows, sha256, write_atomic
 
@@ -56,9 +58,13 @@ class Source:
 
 def score_files(
     source: Source, folder: Path, scorers: Sequence[Scorer], *, batch_size: int = 64, images_per_shard: int = 256,
-    part: tuple[int, int] = (0, 1),
+    part: tuple[int, int] = (0, 1), weights: Mapping[str, float] | None = None, scale: Scale = "zscore",
 ) -> bool:  # fmt: skip
     """Score what `source` names into `folder`.
+
+    Args:
+        weights: of the scorers that make `combined` and `pareto` of scores.csv; they may change from run to run.
+        scale: that the scores are brought to within each prompt.
 
     Returns:
         Whether every shard, other processes' included, is finished; the manifest and scores.csv are then written.
@@ -70,10 +76,13 @@ def score_files(
     for image in source.images():
         total, prompted = total + 1, prompted + bool(image.text)
     check_prompts(scorers, prompted, source.path)
+    if weights:  # mistakes in them before the work, not behind it
+        combine({s.name: [] for s in scorers}, [], weights)
     config = {
         "scorers": {s.name: describe(s) for s in scorers}, "batch_size": batch_size, "images_per_shard": images_per_shard,
         "caption_column": source.caption_column, "image_column": source.image_column, "prompt": source.prompt,
     }  # fmt: skip
+    keep_answers(scorers, folder)
     step = open_step(folder, "scores", config, {"images": files_hash(source.path)})
     tasks = [range(a, min(a + images_per_shard, total)) for a in range(0, total, images_per_shard)]
     mine = frozenset(i for i in range(len(tasks)) if i % part[1] == part[0] and not step.has(i))
@@ -88,7 +97,8 @@ def score_files(
     done = run_shards(step, tasks, work, units=len, name="score", part=part)
     if done:
         found = list(read_rows(folder, Score))
-        write_atomic(folder / "scores.csv", wide_table(source.images(), found, [s.name for s in scorers]))
+        columns = wide_columns(found, scorers, weights or {}, scale)
+        write_atomic(folder / "scores.csv", wide_table(source.images(), found, columns))
         step.finish({"images": total, "missing": {s.name: sum(r.score is None for r in found if r.scorer == s.name) for s in scorers}})
     return done
 
@@ -114,16 +124,31 @@ def files_hash(path: Path) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def wide_table(images: Iterator[Image], scores: Sequence[Score], names: Sequence[str]) -> str:
-    """A CSV line an image: id, prompt_id, a column a scorer, and the prompt."""
-    values = {(s.image_id, s.scorer): s.score for s in scores}
+def wide_columns(scores: Sequence[Score], scorers: Sequence[Scorer], weights: Mapping[str, float], scale: Scale) -> dict[str, Floats]:
+    """A column a scorer, NaN where there is no score; with weights `combined` and `pareto` (1 or 0)."""
+    nan = float("nan")
+    columns = {n.name: np.array([nan if s.score is None else s.score for s in scores if s.scorer == n.name]) for n in scorers}
+    if weights:
+        groups = [s.prompt_id for s in scores if s.scorer == scorers[0].name]
+        directions = {n.name: n.higher_is_better for n in scorers}
+        counted = [n for n, w in weights.items() if w]
+        stacked = np.stack([columns[n] if directions[n] else -columns[n] for n in counted], 1)
+        columns |= {
+            "combined": combine(columns, groups, weights, scale, directions),
+            "pareto": pareto(stacked, groups).astype(float),
+        }
+    return columns
+
+
+def wide_table(images: Iterable[Image], scores: Sequence[Score], columns: Mapping[str, Floats]) -> str:
+    """A CSV line an image: id, prompt_id, the columns, and the prompt."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["id", "prompt_id", *names, "text"])
+    writer.writerow(["id", "prompt_id", *columns, "text"])
     ids = list(dict.fromkeys((s.image_id, s.prompt_id) for s in scores))
-    for (image_id, prompt_id), image in zip(ids, images):
-        numbers = [values[image_id, n] for n in names]
-        writer.writerow([image_id, prompt_id, *("" if v is None else f"{v:.7g}" for v in numbers), image.text])
+    for i, ((image_id, prompt_id), image) in enumerate(zip(ids, images)):
+        numbers = [float(c[i]) for c in columns.values()]
+        writer.writerow([image_id, prompt_id, *("" if v != v else f"{v:.7g}" for v in numbers), image.text])
     return out.getvalue()
 
 

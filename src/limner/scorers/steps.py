@@ -43,13 +43,20 @@ def score_images(
                     values[i, scorer.name] = "there is no prompt"
                 else:
                     asked.append((i, picture))
-            found = _answers(scorer, [p for _, p in asked], [images[i].text for i, _ in asked]) if asked else []
+            found = answers(scorer, [p for _, p in asked], [images[i].text for i, _ in asked]) if asked else []
             values |= {(i, scorer.name): value for (i, _), value in zip(asked, found)}
         progress(len(rows))
     return [_row(image, scorer, values[i, scorer.name]) for i, image in enumerate(images) for scorer in scorers]
 
 
-def _answers(scorer: Scorer, pictures: Sequence[PIL.Image.Image], prompts: Sequence[str]) -> Sequence[float | str]:
+def keep_answers(scorers: Sequence[Scorer], folder: Path) -> None:
+    """Let scorers that ask someone else keep the answers beside the scores, so that a stop within a shard loses none."""
+    for scorer in scorers:
+        if hasattr(scorer, "keep_answers"):
+            scorer.keep_answers(folder / f"{scorer.name}.answers.jsonl")
+
+
+def answers(scorer: Scorer, pictures: Sequence[PIL.Image.Image], prompts: Sequence[str]) -> Sequence[float | str]:
     """Of each picture its score, or why there is none. A scorer that takes one size at a time gets a batch a size."""
     if hasattr(scorer, "score_pictures"):
         return cast(PictureScorer, scorer).score_pictures(pictures, prompts)
@@ -71,6 +78,7 @@ def _row(image: Image, scorer: Scorer, value: float | str) -> Score:
 def make_scores(images_folder: Path, folder: Path, scorers: Sequence[Scorer], batch_size: int = 64, part: tuple[int, int] = (0, 1)) -> None:
     """Score every image of a step's folder; shards follow the images' shards."""
     config = {"scorers": {s.name: describe(s) for s in scorers}, "batch_size": batch_size}
+    keep_answers(scorers, folder)
     step = open_step(folder, "scores", config, {"images": input_hash(images_folder)})
     tasks = shards(images_folder)
 

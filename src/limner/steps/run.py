@@ -108,8 +108,10 @@ def load_model(recipe: Recipe, source: str = "") -> Pipeline:
 
 def load_scorer(name: str, spec: ScorerSpec) -> Scorer:
     """A scorer that a recipe names."""
-    from limner.scorers import blip, clip, dual
+    from limner.scorers import backends, blip, clip, dual, judge
 
+    if spec.kind == "judge":
+        return judge.JudgeScorer(name, backends.load_backend(f"scorers.{name}", spec.path, spec.model), spec.template)
     path = resolve(spec.path, name)
     if spec.kind == "dual":
         return dual.load_scorer(path, name)
@@ -119,13 +121,13 @@ def load_scorer(name: str, spec: ScorerSpec) -> Scorer:
     return clip.load_scorer(path, name, spec.kind, tower=tower, tokenizer=tokenizer, activation=spec.activation or None)
 
 
-def to_device(scorers: Sequence[Scorer], device: str) -> None:
-    """Put the scorers that can be moved on a device; auto: the best there is."""
+def to_device(movable: Sequence[object], device: str) -> None:
+    """Put the scorers or backends that can be moved on a device; auto: the best there is."""
     from limner.models.stable_diffusion import pick_device
 
-    for scorer in scorers:
-        if hasattr(scorer, "to_device"):
-            scorer.to_device(pick_device() if device == "auto" else device)
+    for each in movable:
+        if hasattr(each, "to_device"):
+            each.to_device(pick_device() if device == "auto" else device)
 
 
 def stage_of(recipe: Recipe, name: str) -> Stage:
