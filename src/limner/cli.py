@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         if name == "figures":
             c.add_argument("action", choices=["make"])
         if name == "scorer":
-            c.add_argument("action", choices=["import", "export", "train"])
+            c.add_argument("action", choices=["import", "export", "train", "evaluate"])
         c.add_argument("recipe", nargs="?", help="a YAML file")
         c.add_argument("--config", help="the same")
         c.add_argument("--print_config", action="store_true", help="print every value and stop")

@@ -72,7 +72,13 @@ def judge(rows: Sequence[Choice], scores: Sequence[Sequence[float]]) -> Judged:
 
 
 def accuracy(
-    judged: Judged, *, tie_policy: TiePolicy = "drop", average: Average = "pairs", tie_margin: float = 0.0, seed: int = 0
+    judged: Judged,
+    *,
+    tie_policy: TiePolicy = "drop",
+    average: Average = "pairs",
+    tie_margin: float = 0.0,
+    seed: int = 0,
+    draws: int = DRAWS,
 ) -> dict[str, Any]:
     """Share of pairs whose order the scores tell, with a bootstrap interval over prompts.
 
@@ -81,6 +87,7 @@ def accuracy(
             people decided, Pick-a-Pic); right counts them as right (HPSv2's rank accuracy). Predicted ties are wrong but for half.
         average: pairs pools all; prompts takes the mean over prompts of their shares.
         tie_margin: scores no further apart are a predicted tie.
+        draws: of the bootstrap.
 
     Returns:
         value, low, high (None with one prompt or no pair), n_pairs counted, n_ties (human ones, counted or not), n_predicted_ties,
@@ -91,7 +98,7 @@ def accuracy(
     found: dict[str, Any] = {"value": None, "low": None, "high": None}
     table = _by_prompt(credit[counted], judged.prompt[counted])
     if len(table):
-        interval = bootstrap(table, _pooled if average == "pairs" else _averaged, seed, DRAWS) if len(table) > 1 else None
+        interval = bootstrap(table, _pooled if average == "pairs" else _averaged, seed, draws) if len(table) > 1 else None
         found["value"] = (_pooled if average == "pairs" else _averaged)(table)
         found |= {"low": interval.low, "high": interval.high} if interval else {}
     return found | {

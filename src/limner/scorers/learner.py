@@ -104,8 +104,16 @@ def dual_learner(model: DualEncoder, tokenizer: Any) -> Learner:
 
 
 def learner_of(scorer: Any) -> Learner:
-    """Of a loaded scorer."""
-    return dual_learner(scorer.model, scorer.tokenizer) if isinstance(scorer, DualScorer) else clip_learner(scorer)
+    """Of a loaded scorer.
+
+    Raises:
+        ValueError: another kind than CLIP and dual.
+    """
+    if isinstance(scorer, DualScorer):
+        return dual_learner(scorer.model, scorer.tokenizer)
+    if not isinstance(scorer, ClipScorer):
+        raise ValueError(f"start.kind: {type(scorer).__name__} cannot be trained; expected clip, pickscore, one of the HPS, or dual")
+    return clip_learner(scorer)
 
 
 def new_dual(config: DualConfig, tokenizer: Path, seed: int) -> Learner:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,6 +13,7 @@ from limner.config import build, to_dict
 from limner.steps.run import load_scorer, resolve
 
 if TYPE_CHECKING:
+    from limner.evaluation.choices import EvaluateScorers
     from limner.scorers.objective import TrainScorer
 
 T = TypeVar("T")
@@ -23,10 +25,13 @@ def scorer(action: str, path: str | None, overrides: Sequence[str], *, print_con
     Raises:
         ValueError: unknown keys, unusable input.
     """
+    from limner.evaluation.choices import EvaluateScorers
     from limner.scorers import exchange
     from limner.scorers.objective import TrainScorer
 
-    kinds: dict[str, Any] = {"import": exchange.Import, "export": exchange.Export, "train": TrainScorer}
+    kinds: dict[str, Any] = {
+        "import": exchange.Import, "export": exchange.Export, "train": TrainScorer, "evaluate": EvaluateScorers,
+    }  # fmt: skip
     config = read_config(kinds[action], path, overrides)
     if print_config:
         print(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120))
@@ -36,6 +41,8 @@ def scorer(action: str, path: str | None, overrides: Sequence[str], *, print_con
         print(f"wrote {exchange.export_choices(config)} pairs to {config.output_dir}")
     elif action == "train":
         train(config)
+    elif action == "evaluate":
+        evaluate(config)
     return 0
 
 
@@ -58,6 +65,24 @@ def train(config: TrainScorer) -> Path:
     folder = learn.train_scorer(config, start, revision=revision)
     print(f"wrote {folder}; in recipes: {{kind: {start.kind}, path: {folder}}}")
     return folder
+
+
+def evaluate(config: EvaluateScorers) -> dict[str, Any]:
+    """Judge scorers, scores made elsewhere and measures of sets by what people chose."""
+    from limner.evaluation.choices import evaluate_choices, table
+
+    for key in ("output_dir", "choices"):
+        if not getattr(config, key):
+            raise ValueError(f"{key}: not set")
+    seen: dict[str, Any] = {}
+    for name, spec in config.scorers.items():
+        about = resolve(spec.path, name) / "training.json"
+        if about.is_file():
+            seen[name] = json.loads(about.read_text())["generators"]
+    found = evaluate_choices(config, [load_scorer(name, spec) for name, spec in config.scorers.items()], seen)
+    print(table(found))
+    print(f"wrote {config.output_dir}/agreement.json and scores.parquet")
+    return found
 
 
 def read_config(kind: type[T], path: str | None, overrides: Sequence[str]) -> T:
