@@ -21,7 +21,7 @@ COMMANDS: dict[str, str] = {
     "evaluate": "measure and compare; metrics.json",
     "report": "report.html and the table",
     "scorer": "preference scorers of your own: import, export, train, evaluate",
-    "figures": "the embedded world: make",
+    "figures": "the embedded world: make; hps, preference scores trained on it",
     "env": "versions, for bug reports",
 }
 
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         if name == "env":
             continue
         if name == "figures":
-            c.add_argument("action", choices=["make"])
+            c.add_argument("action", choices=["make", "hps"])
         if name == "scorer":
             c.add_argument("action", choices=["import", "export", "train", "evaluate"])
         c.add_argument("recipe", nargs="?", help="a YAML file")
@@ -96,8 +96,11 @@ def dispatch(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     if not path:
         raise ValueError("which recipe? e.g. limner run recipes/figures/demo.yaml")
     if args.command == "figures":
+        from limner.figures.hps import run_hps
         from limner.figures.world import make_world
 
+        if args.action == "hps":
+            return run_hps(Path(path), overrides, print_config=args.print_config)
         return make_world(Path(path), overrides, print_config=args.print_config)
     recipe = load_recipe(path, overrides)
     if args.print_config:

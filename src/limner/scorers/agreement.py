@@ -107,6 +107,25 @@ def accuracy(
     }  # fmt: skip
 
 
+def accuracy_difference(
+    ours: Judged, theirs: Judged, *, tie_policy: TiePolicy = "drop", average: Average = "pairs", seed: int = 0, draws: int = DRAWS
+) -> dict[str, Any]:
+    """Accuracy of one scorer less another's on the same pairs, bootstrapped over prompts: what a prompt adds to both cancels.
+
+    Raises:
+        ValueError: not the same pairs, or fewer than two prompts.
+    """
+    if not np.array_equal(ours.preference, theirs.preference) or not np.array_equal(ours.prompt, theirs.prompt):
+        raise ValueError("the scorers were judged on different pairs; leave out images that one of them has no score of")
+    parts = []
+    for judged in (ours, theirs):
+        credit, counted = _credit(judged, tie_policy, 0.0)
+        parts.append(_by_prompt(credit[counted], judged.prompt[counted]))
+    mean = _pooled if average == "pairs" else _averaged
+    spread = bootstrap(np.concatenate(parts, 1), lambda x: mean(x[:, :2]) - mean(x[:, 2:]), seed, draws)
+    return {"value": spread.value, "low": spread.low, "high": spread.high, "n_prompts": len(parts[0])}
+
+
 def _credit(judged: Judged, tie_policy: TiePolicy, tie_margin: float) -> tuple[Array, NDArray[np.bool_]]:
     """What each pair counts, and whether it counts."""
     human_tie, predicted_tie = judged.preference == 0.5, np.abs(judged.margin) <= tie_margin

@@ -120,11 +120,13 @@ def new_dual(config: DualConfig, tokenizer: Path, seed: int) -> Learner:
     """A dual encoder of random weights.
 
     Raises:
-        ValueError: no tokenizer's folder.
+        ValueError: no tokenizer's folder, or a tokenizer that does not say how long texts may be.
     """
     if not (tokenizer / "tokenizer.json").is_file() and not (tokenizer / "vocab.json").is_file():
         raise ValueError(f"start.tokenizer: {tokenizer} has no tokenizer; a new dual encoder needs the folder of a CLIP tokenizer")
     words = CLIPTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    if words.model_max_length > 1000:  # transformers' way to say that it is not known
+        raise ValueError(f"start.tokenizer: {tokenizer} does not say model_max_length; set it in its tokenizer_config.json, e.g. to 77")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = DualEncoder(config, vocabulary_of(words))
