@@ -14,14 +14,18 @@ import torch
 pytest.importorskip("anny")
 
 from limner.cli import main
+from limner.config import Sampler
 from limner.figures import hps
-from limner.figures.candidates import REAL, UNSEEN, Hps, read_candidates
+from limner.figures.body import JOINTS
+from limner.figures.candidates import REAL, UNSEEN, Hps, observer, painter, read_candidates, world_rows
 from limner.figures.raters import ceilings, choose, fit_linear, quality
 from limner.images import encode_png
 from limner.scorers.agreement import Judged, accuracy_difference
 from limner.scorers.choices import Choices
+from limner.scorers.reader import BONES, FigureReader, Reader, save_reader
 from limner.store import open_step
 from test_choices import choice
+from tiny import save_tiny
 
 ROOT = Path(__file__).parent.parent
 
@@ -178,3 +182,39 @@ def test_the_recipe_with_stand_ins(world, tmp_path, monkeypatch, capsys):
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
     assert main(command) == 0
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}, "finished parts are kept"
+
+
+def test_what_really_draws_on_a_tiny_pipeline(world, tmp_path):
+    """Every generator gives one picture a caption; pictures differ by generator and by number, and are the same again."""
+    save_tiny(tmp_path / "late", seed=0)
+    save_tiny(tmp_path / "early", seed=1)
+    config = Hps(
+        world=str(world), base=str(tmp_path / "late"), early=str(tmp_path / "early"), few_steps=1,
+        sampler=Sampler(num_inference_steps=2, guidance_scale=2.0, batch_size=4),
+    )  # fmt: skip
+    rows = world_rows(config, "raters", ["id", "prompt", "image", "defective_image"], 3)
+    found = painter(config)(rows)
+    expected = {(REAL, 0), ("defect", 0), (UNSEEN, 0), *((g, k) for g in ("late", "early", "reconstruction") for k in (0, 1))}
+    assert set(found) == expected and all(x.shape == (3, 3, SIZE, SIZE) for x in found.values())
+    assert all(float(x.min()) >= 0 and float(x.max()) <= 1 for x in found.values())
+    names = sorted(found)
+    for i, a in enumerate(names):
+        assert all(not torch.equal(found[a], found[b]) for b in names[i + 1 :]), f"{a} repeats another"
+    again = painter(config)(rows[1:])
+    assert all(torch.allclose(again[n], found[n][1:], atol=1e-4) for n in found), "a picture depends on its caption and number alone"
+
+
+def test_what_really_looks(tmp_path):
+    """The reader's answers as shares: claims that are its own reading are right, others wrong; poses are probabilities."""
+    torch.manual_seed(0)
+    joints = list(JOINTS)
+    model = Reader({"sex": ["man", "woman"], "pose": ["standing", "kicking", "waving"]}, joints, (8, 8, 16), 8).eval()
+    limits = {k: [-1.0, 1.0] for k in ["second", "unseen", *(f"{a}-{b}" for a, b in BONES)]}
+    save_reader(FigureReader(model, limits), tmp_path)
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    own = FigureReader(model, limits).read(images).attributes["pose"]
+    claims = [{"pose": model.attributes["pose"][(p + (i == 3)) % 3]} for i, p in enumerate(own)]
+    found = observer(Hps(reader=str(tmp_path)))(images, claims)
+    assert found["wrong"].tolist() == [0, 0, 0, 1]
+    assert found["classes"].shape == (4, 3) and found["classes"].sum(1) == pytest.approx(1, abs=1e-5)
+    assert found["classes"].argmax(1).tolist() == own.tolist()
