@@ -92,7 +92,7 @@ def dispatch(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     if args.command == "scorer":
         from limner.steps.scorer import scorer
 
-        return scorer(args.action, path, overrides, print_config=args.print_config)
+        return scorer(args.action, path, overrides, print_config=args.print_config, dry_run=args.dry_run)
     if not path:
         raise ValueError("which recipe? e.g. limner run recipes/figures/demo.yaml")
     if args.command == "figures":

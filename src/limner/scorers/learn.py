@@ -73,7 +73,7 @@ def train_scorer(config: TrainScorer, learner: Learner, *, revision: str) -> Pat
     if config.gradient_checkpointing:
         if learner.kind != "clip":
             raise ValueError("gradient_checkpointing: only a CLIP has it; leave it out")
-        learner.model.gradient_checkpointing_enable()  # type: ignore[operator]
+        learner.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     spread: torch.nn.Linear | None = None
     if config.loss == "gaussian":
         spread = torch.nn.Linear(learner.width, 1).to(device)  # all equally sure at first
@@ -114,6 +114,26 @@ def train_scorer(config: TrainScorer, learner: Learner, *, revision: str) -> Pat
     fit(loss, draw, o, max_train_steps=config.max_train_steps, start=begin, every=every, save=save, name=f"train {out.name}")
     training_mode(learner, False)
     return _write(out / "model", learner, spread, config, choices, revision)
+
+
+def describe(config: TrainScorer, learner: Learner) -> str:
+    """What training would be, for --dry_run: rows, updates, images, and memory of weights and optimiser."""
+    choices = Choices(Path(config.choices), images=Path(config.images) if config.images else None)
+    chosen = usable(choices.rows, config.loss)
+    names = set(
+        choose_parameters(learner, vision_layers=config.vision_layers, text_layers=config.text_layers, train_scale=config.train_scale)
+    )
+    choices.pictures(chosen[0])
+    rows = config.train_batch_size * config.gradient_accumulation_steps
+    images = rows * sum(len(choices.rows[i].files) for i in chosen) / len(chosen)
+    sizes = {n: p.numel() for n, p in learner.model.named_parameters()}
+    moving = sum(v for n, v in sizes.items() if n in names)
+    megabytes = (4 * sum(sizes.values()) + 12 * moving) / 2**20  # float32 weights; gradient and Adam's two moments
+    return (
+        f"{len(chosen)} of {len(choices)} rows; an update sees {rows} rows, about {images:.0f} images; {config.max_train_steps} updates "
+        f"are {config.max_train_steps * rows / len(chosen):.2g} epochs\n{moving / 1e6:.3g} M of {sum(sizes.values()) / 1e6:.3g} M parameters "
+        f"train; weights and optimiser {megabytes:.0f} MB, without activations"
+    )
 
 
 def _identity(config: TrainScorer, revision: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,13 +14,19 @@ from limner.steps.run import load_scorer, resolve
 
 if TYPE_CHECKING:
     from limner.evaluation.choices import EvaluateScorers
+    from limner.records import Choice
+    from limner.scorers.exchange import Import
     from limner.scorers.objective import TrainScorer
+    from limner.scorers.published import Dropped
 
 T = TypeVar("T")
 
 
-def scorer(action: str, path: str | None, overrides: Sequence[str], *, print_config: bool = False) -> int:
+def scorer(action: str, path: str | None, overrides: Sequence[str], *, print_config: bool = False, dry_run: bool = False) -> int:
     """Run an action; returns the exit code.
+
+    Args:
+        dry_run: of train: check what it is given, say how much it is, and stop.
 
     Raises:
         ValueError: unknown keys, unusable input.
@@ -35,18 +41,33 @@ def scorer(action: str, path: str | None, overrides: Sequence[str], *, print_con
     config = read_config(kinds[action], path, overrides)
     if print_config:
         print(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120))
+    elif dry_run and action != "train":
+        raise ValueError(f"--dry_run: {action} has none; it checks every row as it goes, and finished shards are kept")
     elif action == "import":
-        print_report(exchange.import_choices(config), config.output_dir)
+        found = _feedback(config) if config.format == "feedback" else None
+        print_report(exchange.import_choices(config, found), config.output_dir)
     elif action == "export":
         print(f"wrote {exchange.export_choices(config)} pairs to {config.output_dir}")
     elif action == "train":
-        train(config)
+        train(config, dry_run=dry_run)
     elif action == "evaluate":
         evaluate(config)
     return 0
 
 
-def train(config: TrainScorer) -> Path:
+def _feedback(config: Import) -> Iterator[Choice | Dropped]:
+    """The choices in a file of feedback, with the images of the step's folder that raters saw."""
+    from limner.feedback.choices import to_choices
+    from limner.feedback.exchange import read_rows as read_feedback
+    from limner.records import Image
+    from limner.store import read_rows
+
+    if not config.source or not config.images:
+        raise ValueError(f"{'source' if not config.source else 'images'}: not set")
+    return to_choices(read_feedback(Path(config.source)), {i.id: i for i in read_rows(Path(config.images), Image)})
+
+
+def train(config: TrainScorer, *, dry_run: bool = False) -> Path:
     """Train a scorer, or go on; returns its folder, which recipes name as {kind: clip or dual, path: folder}."""
     from limner.scorers import learn, learner
     from limner.scorers.dual import DualConfig
@@ -62,6 +83,9 @@ def train(config: TrainScorer) -> Path:
     else:
         loaded = load_scorer("start", config.start)
         start, revision = learner.learner_of(loaded), loaded.revision
+    if dry_run:
+        print(learn.describe(config, start))
+        return Path(config.output_dir) / "model"
     folder = learn.train_scorer(config, start, revision=revision)
     print(f"wrote {folder}; in recipes: {{kind: {start.kind}, path: {folder}}}")
     return folder
