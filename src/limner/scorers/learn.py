@@ -29,17 +29,22 @@ from limner.store import differences, input_hash, write_atomic
 
 NOT_IDENTITY = (
     "output_dir", "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_rows", "validation", "device",
+    "dataloader_num_workers", "gradient_checkpointing",
 )  # fmt: skip
 
 
 @torch.no_grad()
-def score_rows(learner: Learner, choices: Choices, rows: int = 0) -> list[list[float]]:
-    """Scores of the images of the first rows (0 = all), as the saved scorer gives them."""
+def score_rows(learner: Learner, choices: Choices, rows_at_once: int = 16) -> list[list[float]]:
+    """Scores of the images of all rows, as the saved scorer gives them."""
     training_mode(learner, False)
-    found = []
-    for index in range(min(rows or len(choices), len(choices))):
-        images = learner.images(learner.prepare(choices.pictures(index)).to(learner.device))
-        found.append((learner.scale() * (images * learner.texts([choices.rows[index].text])).sum(1)).float().tolist())
+    found: list[list[float]] = []
+    for start in range(0, len(choices), rows_at_once):
+        part = choices.rows[start : start + rows_at_once]
+        pictures = [choices.pictures(start + i) for i in range(len(part))]
+        images = learner.images(learner.prepare([p for row in pictures for p in row]).to(learner.device))
+        texts = learner.texts([row.text for row in part])
+        for said, seen in zip(texts, images.split([len(row) for row in pictures])):
+            found.append((learner.scale() * (seen @ said)).float().tolist())
     return found
 
 
@@ -131,8 +136,8 @@ def describe(config: TrainScorer, learner: Learner) -> str:
     megabytes = (4 * sum(sizes.values()) + 12 * moving) / 2**20  # float32 weights; gradient and Adam's two moments
     return (
         f"{len(chosen)} of {len(choices)} rows; an update sees {rows} rows, about {images:.0f} images; {config.max_train_steps} updates "
-        f"are {config.max_train_steps * rows / len(chosen):.2g} epochs\n{moving / 1e6:.3g} M of {sum(sizes.values()) / 1e6:.3g} M parameters "
-        f"train; weights and optimiser {megabytes:.0f} MB, without activations"
+        f"are {config.max_train_steps * rows / len(chosen):.2g} epochs\n{moving / 1e6:.3g} M of {sum(sizes.values()) / 1e6:.3g} M "
+        f"parameters train; weights and optimiser {megabytes:.0f} MB, without activations"
     )
 
 
