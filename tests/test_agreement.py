@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 
@@ -9,13 +10,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from transformers import CLIPImageProcessorPil, CLIPModel
 
-from chain import clip_scorer
+from chain import clip_scorer, photo_folder
 from limner.cli import main
-from limner.evaluation.choices import chosen_and_rejected, judge_sets
 from limner.evaluation.distances import class_score
+from limner.evaluation.sets import chosen_and_rejected, judge_sets
 from limner.records import Choice, to_table
 from limner.scorers.agreement import Judged, accuracy, by_generator, calibration, choose_tie_margin, fit_temperature, judge, top_choice
 from limner.store import open_step
@@ -146,6 +150,9 @@ def test_top_choice_and_chance():
     found = top_choice(rows, [[1, 2, 0, 0], [0, 1], [5, 4, 3]])
     assert found["value"] == pytest.approx(2 / 3) and found["chance"] == pytest.approx((1 / 4 + 1 / 2 + 1 / 3) / 3)
     assert top_choice(rows, [[1, 1, 1, 1], [1, 1], [1, 1, 1]])["value"] == pytest.approx(found["chance"]), "equal scores choose by lot"
+    tied = [choice([1, 1, 2], "ranking"), choice([0.5, 0, 0.5])]
+    assert top_choice(tied, [[0, 1, 0], [1, 0, 0]])["value"] == 1 and top_choice(tied, [[0, 1, 1], [0, 1, 0]])["value"] == 0.25
+    assert top_choice(tied, [[0, 1, 0], [1, 0, 0]])["chance"] == pytest.approx(2 / 3)
 
 
 def test_class_score_by_hand():
@@ -263,3 +270,32 @@ def test_what_cannot_be_judged_says_so(folder, tmp_path, capsys):
     assert "files, features and probabilities differ in length" in error("--features", str(tmp_path / "short.npz"))
     np.savez(tmp_path / "pickled.npz", features=np.array([{}]))
     assert "cannot be read as .npz without pickled objects" in error("--features", str(tmp_path / "pickled.npz"))
+
+
+def test_a_scorers_own_tower_can_look_at_the_sets(folder, tmp_path):
+    """Against the vectors that transformers gives for the same pictures, put through the .npz way."""
+    photo_folder(tmp_path / "photos", count=6)
+    options = ["--choices", str(folder / "choices"), "--scorers.mine.kind", "clip", "--scorers.mine.path", str(folder / "scorer")]
+    tower = [*options, "--features", "mine", "--reference", str(tmp_path / "photos"), "--output_dir", str(tmp_path / "tower")]
+    assert main(["scorer", "evaluate", *tower]) == 0
+    model = CLIPModel.from_pretrained(folder / "scorer")
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16, resample=3)
+    vectors = {}
+    for name, data in [
+        *((f"{i}{k}", picture(2 * i + (k == "b"))) for i in range(6) for k in "ab"),
+        *((p.name, p.read_bytes()) for p in sorted((tmp_path / "photos").glob("*.png"))),
+    ]:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        with torch.no_grad():
+            v = model.get_image_features(**processor(images=image, return_tensors="pt")).pooler_output[0]
+        vectors[name] = (v / v.norm()).numpy()
+    own, real = [n for n in vectors if not n.endswith(".png")], [n for n in vectors if n.endswith(".png")]
+    np.savez(tmp_path / "own.npz", files=np.array(own), features=np.stack([vectors[n] for n in own]))
+    np.savez(tmp_path / "real.npz", features=np.stack([vectors[n] for n in real]))
+    files = [*options, "--features", str(tmp_path / "own.npz"), "--reference", str(tmp_path / "real.npz")]
+    assert main(["scorer", "evaluate", *files, "--output_dir", str(tmp_path / "files")]) == 0
+    one, other = (json.loads((tmp_path / n / "agreement.json").read_text())["sets"] for n in ("tower", "files"))
+    for measure in ("frechet_between", "frechet_to_reference"):
+        assert {k: v for k, v in one[measure].items() if k != "prefers"} == pytest.approx(
+            {k: v for k, v in other[measure].items() if k != "prefers"}, rel=1e-2, abs=1e-6
+        )

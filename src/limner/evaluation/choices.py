@@ -1,7 +1,6 @@
-"""Do scores and measures of image sets agree with what people chose? HPS's first question (arXiv 2303.14420, sec. 3), as a command.
+"""Do scores and measures of image sets agree with what people chose? HPS's first question (arXiv 2303.14420), as a command.
 
-A score is judged pair by pair. A measure of a set (Fréchet distance, Inception Score's formula) says nothing of a pair: it is asked whether
-it prefers the set of the chosen images to that of the rejected ones of the same prompts, and whether it can tell them apart at all.
+A score is judged pair by pair here, a measure of sets in `sets`.
 """
 
 from __future__ import annotations
@@ -15,21 +14,18 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from limner.config import ScorerSpec
-from limner.evaluation.distances import class_score, frechet, principal_components
+from limner.evaluation.sets import find_features, judge_sets
 from limner.records import Choice, Image
 from limner.scorers.agreement import accuracy, by_generator, calibration, choose_tie_margin, fit_temperature, judge, top_choice
-from limner.scorers.choices import Choices, generators_of, shares
+from limner.scorers.choices import Choices, generators_of
 from limner.scorers.protocol import Scorer
 from limner.scorers.steps import score_images
-from limner.statistics import Interval, half_subsample_interval
 from limner.store import versions, write_atomic
 
 Scores = dict[str, list[list[float]]]  # by scorer: a list of a row's images each
 ROWS = 64  # choices in memory at a time
-SHUFFLES = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +44,9 @@ class EvaluateScorers:
         trained_on: choices that the scorers learned from, for generators seen and not ("" = what each scorer's training.json says).
         tie_policy: drop (ImageReward, MPS), half (Pick-a-Pic), right (HPSv2's rank accuracy).
         average: pairs (pooled) or prompts.
-        features: .npz of `files`, `features` (n, D) and, if there, `probabilities` (n, C), of the choices' images by any network ("" =
-            none).
-        reference: .npz of `features` of real images ("" = none).
+        features: of the choices' images: .npz of `files`, `features` (n, D) and, if there, `probabilities` (n, C) by any network; or the
+            name of a scorer whose image tower is to look ("" = none).
+        reference: real images: .npz of `features`; or, for a scorer's tower, images in any format of `data.train` ("" = none).
     """
 
     output_dir: str = ""
@@ -150,110 +146,6 @@ def judge_scorer(
     }
 
 
-def chosen_and_rejected(rows: Sequence[Choice], seed: int = 0) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(row, image) of the chosen image and of a rejected one, for each row with one best image.
-
-    Of a ranking the worst is the rejected one; of a choice, where nothing is known of the others, one by lot.
-    """
-    chosen, rejected = [], []
-    rng = np.random.default_rng([seed, 41])
-    for n, row in enumerate(rows):
-        share = shares(row)
-        best = max(share)
-        if share.count(best) > 1:
-            continue
-        winner = share.index(best)
-        others = [k for k in range(len(share)) if k != winner]
-        if row.kind == "ranking":
-            others = [k for k in others if row.said[k] == max(row.said)]
-        chosen.append((n, winner))
-        rejected.append((n, others[int(rng.integers(len(others)))]))
-    return chosen, rejected
-
-
-def judge_sets(
-    rows: Sequence[Choice], features: Mapping[str, NDArray], probabilities: Mapping[str, NDArray] | None, reference: NDArray | None,
-    seed: int = 0,
-) -> dict[str, Any]:  # fmt: skip
-    """Do measures of sets prefer what people chose?
-
-    Args:
-        features: of an image by its file, (D,); rows with an image that has none are left out.
-        probabilities: of classes, by file, (C,).
-        reference: features of real images (m, D).
-
-    Returns:
-        rows; frechet_between: distance of chosen and rejected set, its mean with both swapped by lot within prompts, and how often that is
-        as large (p); frechet_to_reference and class_score: chosen, rejected, and their difference with an interval. `prefers` says which
-        set the measure prefers if its interval says so, else "neither".
-
-    Raises:
-        ValueError: fewer than four rows with features.
-    """
-    known = [row for row in rows if all(f in features for f in row.files)]
-    places = list(zip(*chosen_and_rejected(known, seed)))
-    n = len(places)
-    if n < 4:
-        raise ValueError(f"features: only {n} rows have features of all their images and one best image; expected 4 or more")
-    files = [tuple(known[r].files[k] for r, k in place) for place in places]
-    winners, losers = (np.stack([features[f[side]] for f in files]).astype(float) for side in (0, 1))
-    most = min(64, 2 * n - 1, winners.shape[1])
-    pca = principal_components(reference if reference is not None and len(reference) > most else np.concatenate([winners, losers]), most)
-    a, b = pca(winners), pca(losers)
-    found: dict[str, Any] = {"rows": n, "dimensions": most, "frechet_between": _between(a, b, seed)}
-    if reference is not None:
-        m = min(n, len(reference))
-        real = pca(reference[:m])
-
-        def difference(i: NDArray[np.intp]) -> float:
-            return frechet(a[i], real[i]) - frechet(b[i], real[i])
-
-        found["frechet_to_reference"] = {
-            "chosen": frechet(a[:m], real), "rejected": frechet(b[:m], real), "n": m,
-            **_verdict(half_subsample_interval(difference, m, seed), lower_is_better=True),
-        }  # fmt: skip
-    if probabilities is not None:
-        p, q = (np.stack([probabilities[f[side]] for f in files]).astype(float) for side in (0, 1))
-        interval = half_subsample_interval(lambda i: class_score(p[i]) - class_score(q[i]), n, seed)
-        found["class_score"] = {"chosen": class_score(p), "rejected": class_score(q), "n": n, **_verdict(interval, lower_is_better=False)}
-    return found
-
-
-def _between(a: NDArray, b: NDArray, seed: int) -> dict[str, float]:
-    rng = np.random.default_rng([seed, 43])
-    observed, drawn = frechet(a, b), []
-    for _ in range(SHUFFLES):
-        swap = (rng.random(len(a)) < 0.5)[:, None]
-        drawn.append(frechet(np.where(swap, b, a), np.where(swap, a, b)))
-    return {"value": observed, "by_lot": float(np.mean(drawn)), "p": (1 + sum(d >= observed for d in drawn)) / (1 + SHUFFLES)}
-
-
-def _verdict(difference: Interval, lower_is_better: bool) -> dict[str, Any]:
-    low, high = (-difference.high, -difference.low) if lower_is_better else (difference.low, difference.high)
-    prefers = "chosen" if low > 0 else "rejected" if high < 0 else "neither"
-    return {"difference": difference.value, "low": difference.low, "high": difference.high, "prefers": prefers}
-
-
-def read_features(path: Path, key: str = "features") -> tuple[dict[str, NDArray], dict[str, NDArray] | None]:
-    """features and probabilities by file of an .npz.
-
-    Raises:
-        ValueError: unreadable, or arrays of other names or lengths.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            there = {name: arrays[name] for name in arrays.files}
-    except Exception as error:
-        raise ValueError(f"{key}: {path} cannot be read as .npz without pickled objects ({error})") from error
-    if "features" not in there or there["features"].ndim != 2:
-        raise ValueError(f"{key}: {path} has no array features (n, D); found: {', '.join(there)}")
-    files = [str(f) for f in there.get("files", np.arange(len(there["features"])))]
-    if len(files) != len(there["features"]) or len(there.get("probabilities", files)) != len(files):
-        raise ValueError(f"{key}: {path}: files, features and probabilities differ in length")
-    probabilities = dict(zip(files, there["probabilities"])) if "probabilities" in there else None
-    return dict(zip(files, there["features"])), probabilities
-
-
 def evaluate_choices(config: EvaluateScorers, scorers: Sequence[Scorer], seen: Mapping[str, Collection[str]]) -> dict[str, Any]:
     """Score, judge and write agreement.json; returns its content.
 
@@ -283,9 +175,8 @@ def evaluate_choices(config: EvaluateScorers, scorers: Sequence[Scorer], seen: M
         for name, found in scores.items()
     }  # fmt: skip
     if config.features:
-        features, probabilities = read_features(Path(config.features))
-        reference = np.stack(list(read_features(Path(config.reference), "reference")[0].values())) if config.reference else None
-        out["sets"] = judge_sets(choices.rows, features, probabilities, reference, config.seed)
+        features, probabilities, reference = find_features(config.features, config.reference, choices, {s.name: s for s in scorers})
+        out["sets"] = {"features": config.features, **judge_sets(choices.rows, features, probabilities, reference, config.seed)}
     folder = Path(config.output_dir)
     write_scores(folder / "scores.parquet", choices.rows, scores)
     write_atomic(folder / "agreement.json", json.dumps({**out, "versions": versions()}, indent=1) + "\n")
@@ -295,13 +186,13 @@ def evaluate_choices(config: EvaluateScorers, scorers: Sequence[Scorer], seen: M
 def table(found: Mapping[str, Any]) -> str:
     """The report for people, best scorer first."""
     lines = [f"{found['rows']} rows; human ties: {found['tie_policy']}; mean over {found['average']}"]
-    lines.append(f"{'scorer':24} {'accuracy':>8} {'95 %':>13} {'pairs':>7} {'ties':>6} {'top':>6} {'chance':>6} {'ECE':>6}")
+    lines.append(f"{'scorer':24} {'accuracy':>8} {'95 %':>13} {'pairs':>7} {'ties':>6} {'top':>6} {'chance':>6} {'ECE':>6} {'at T':>6}")
     for name, s in sorted(found["scorers"].items(), key=lambda item: -(item[1]["accuracy"]["value"] or 0)):
-        a, top, ece = s["accuracy"], s["top_choice"], s["calibration"]["ece"]
+        a, top, ece, at = s["accuracy"], s["top_choice"], s["calibration"]["ece"], s["calibration"]["temperature"]
         spread = f"{100 * a['low']:.1f}-{100 * a['high']:.1f}" if a["low"] is not None else ""
         lines.append(
             f"{name:24} {_percent(a['value']):>8} {spread:>13} {a['n_pairs']:>7} {a['n_ties']:>6} {_percent(top['value']):>6} "
-            f"{_percent(top['chance']):>6} {'' if ece is None else f'{ece:.3f}':>6}"
+            f"{_percent(top['chance']):>6} {'' if ece is None else f'{ece:.3f}':>6} {at:>6.3g}"
         )
         for label, group in s["by_generator"]["groups"].items():
             lines.append(f"  generators {label:21} {_percent(group['value']):>8} {'':>5} {group['n_pairs']:>7} pairs")

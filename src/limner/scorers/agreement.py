@@ -227,13 +227,16 @@ def by_generator(judged: Judged, seen: Collection[str] | None, **how: Any) -> di
 
 
 def top_choice(rows: Sequence[Choice], scores: Sequence[Sequence[float]], seed: int = 0) -> dict[str, Any]:
-    """How often the best-scored image is the chosen one (HPS v1's accuracy), and how often chance would hit it."""
+    """How often the best-scored image is the chosen one (HPS v1's accuracy), and how often chance would hit it.
+
+    Any of equally good ones will do; equal scores choose by lot.
+    """
     table, chance = [], []
     for row, values in zip(rows, scores, strict=True):
         if np.isfinite(values).all():
-            share = shares(row)
-            table.append(share[int(np.argmax(values))] if len(set(values)) > 1 else 1 / len(share))
-            chance.append(1 / len(share))
+            best = np.array(shares(row)) == max(shares(row))
+            table.append(float(best[np.array(values) == max(values)].mean()))
+            chance.append(float(best.mean()))
     if len(table) < 2:
         return {"value": None, "low": None, "high": None, "n": len(table), "chance": None}
     spread = bootstrap(np.array(table), lambda x: float(x.mean()), seed, DRAWS)
