@@ -18,7 +18,7 @@ from limner.config import Sampler
 from limner.figures import hps
 from limner.figures.body import JOINTS
 from limner.figures.candidates import REAL, UNSEEN, Hps, observer, painter, read_candidates, world_rows
-from limner.figures.raters import ceilings, choose, fit_linear, quality
+from limner.figures.choosers import ceilings, choose, fit_linear, quality
 from limner.images import encode_png
 from limner.scorers.agreement import Judged, accuracy_difference
 from limner.scorers.choices import Choices

@@ -17,11 +17,11 @@ COMMANDS: dict[str, str] = {
     "score": "score pool and reconstructions",
     "examples": "choose winners and losers (--stage)",
     "train": "train a stage (--stage)",
+    "scorer": "preference scorers of your own: import, export, train, evaluate",
     "generate": "images of the evaluation prompts from base and stages",
     "evaluate": "measure and compare; metrics.json",
     "report": "report.html and the table",
-    "scorer": "preference scorers of your own: import, export, train, evaluate",
-    "figures": "the embedded world: make; hps, preference scores trained on it",
+    "figures": "the embedded world: make",
     "env": "versions, for bug reports",
 }
 
@@ -35,10 +35,10 @@ def parser() -> argparse.ArgumentParser:
         )
         if name == "env":
             continue
-        if name == "figures":
-            c.add_argument("action", choices=["make", "hps"])
         if name == "scorer":
             c.add_argument("action", choices=["import", "export", "train", "evaluate"])
+        if name == "figures":
+            c.add_argument("action", choices=["make", "hps"])
         c.add_argument("recipe", nargs="?", help="a YAML file")
         c.add_argument("--config", help="the same")
         c.add_argument("--print_config", action="store_true", help="print every value and stop")

@@ -26,7 +26,7 @@ from torch import Tensor
 from limner import seeds
 from limner.config import ScorerSpec, build, to_dict
 from limner.figures.candidates import REAL, Hps, Row, make_images, observer, painter, pixels, read_candidates, world_rows
-from limner.figures.raters import choose, quality
+from limner.figures.choosers import choose, quality
 from limner.records import Choice
 from limner.scorers.exchange import write_choices
 from limner.store import input_hash, is_complete, open_step

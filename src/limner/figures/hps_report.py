@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from limner.evaluation.choices import EvaluateScorers, Scores, judge_scorer, score_choices, table
 from limner.evaluation.sets import judge_sets
 from limner.figures.candidates import REAL, Hps, read_candidates
-from limner.figures.raters import by_lot, ceilings, fit_linear, quality
+from limner.figures.choosers import by_lot, ceilings, fit_linear, quality
 from limner.images import decode_batch
 from limner.records import Choice
 from limner.scorers import dual
