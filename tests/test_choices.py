@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from limner.cli import main
+from limner.feedback import payloads
+from limner.feedback.exchange import write_rows as write_feedback
 from limner.images import encode_png
-from limner.records import Choice, from_table, to_table
+from limner.records import Choice, Image, from_table, to_table
 from limner.scorers.choices import Choices, generators_of, pairs, problem, prompt_weights, shares
 from limner.scorers.published import Dropped, read_choices
 from limner.store import open_step
@@ -292,3 +294,34 @@ def test_an_epoch_has_every_row_once_in_an_order_of_its_own(tmp_path):
     first, second = choices.order(0, "epoch", 0), choices.order(0, "epoch", 1)
     assert sorted(first) == sorted(second) == list(range(60)) and first != second and first == choices.order(0, "epoch", 0)
     assert len({index // 3 for index in first[:24]}) <= 8, "rows of eight shards at a time"
+
+
+def test_our_own_feedback_becomes_choices(tmp_path, capsys):
+    """A best of three, a ranking with a tie, a side-by-side answer; an image that is not there, and images of two prompts."""
+    step = open_step(tmp_path / "pool", "pool", {}, {})
+    shown = [
+        Image(id=f"{p}/{k}", prompt_id=p, text=f"prompt {p}", image=picture(k), k=k, model="m" if p == "a" else "")
+        for p in "ab"
+        for k in range(3)
+    ]
+    step.write(0, to_table(Image, shown))
+    step.finish({})
+    rows = [
+        payloads.make("a/0", "anna", "choice", {"images": ["a/0", "a/1", "a/2"], "ranks": [2, 1, 2]}, id="1"),
+        payloads.make("b/0", "anna", "choice", {"images": ["b/0", "b/1", "b/2"], "ranks": [1, 3, 1]}, id="2"),
+        payloads.make("b/0", "otto", "side", {"against": "b/1", "answer": -2}, id="3"),
+        payloads.make("b/0", "otto", "choice", {"images": ["b/0", "c/1"], "ranks": [1, 2]}, id="4"),
+        payloads.make("a/1", "otto", "choice", {"images": ["a/1", "b/1"], "ranks": [1, 2]}, id="5"),
+        payloads.make("a/1", "otto", "ratings", {"overall": 3}, id="6"),
+    ]
+    write_feedback(tmp_path / "feedback.jsonl", rows)
+    options = ["--source", str(tmp_path / "feedback.jsonl"), "--images", str(tmp_path / "pool"), "--output_dir", str(tmp_path / "out")]
+    assert main(["scorer", "import", "--format", "feedback", *options]) == 0
+    choices = Choices(tmp_path / "out")
+    assert [(r.kind, r.said, r.rater) for r in choices.rows] == [
+        ("choice", (0, 1, 0), "anna"), ("ranking", (1, 3, 1), "anna"), ("choice", (0, 1), "otto"),
+    ]  # fmt: skip
+    assert choices.rows[0].generators == ("m", "m", "m") and choices.rows[1].generators == ()
+    assert choices.encoded(2) == [picture(0), picture(1)]
+    said = capsys.readouterr().out
+    assert "dropped 1: image is not in the folder of images (feedback 4)" in said and "dropped 1: images of different prompts" in said

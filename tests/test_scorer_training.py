@@ -7,17 +7,20 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPModel
 
 from chain import clip_scorer
 from limner.cli import main
-from limner.images import decode_batch, encode_png
+from limner.images import decode_batch, encode_png, to_tensor
 from limner.records import Choice, to_table
 from limner.scorers import clip, dual, objective
 from limner.scorers.choices import Choices
+from limner.scorers.learner import learner_of
 from limner.store import open_step
 from tiny import tiny_tokenizer
 
@@ -180,8 +183,11 @@ def test_a_cut_run_goes_on_as_if_it_had_not_been_cut(parts, tmp_path, kind, monk
 
 
 def test_two_micro_batches_are_one_batch(parts, tmp_path):
-    """Pairs have equal weights, so the mean of two means is the mean; the same rows, in the same order."""
-    for name, options in (("one", {"train_batch_size": 8}), ("two", {"train_batch_size": 4, "gradient_accumulation_steps": 2})):
+    """Pairs have equal weights, so the mean of two means is the mean; the same rows, in the same order, whoever decodes them."""
+    for name, options in (
+        ("one", {"train_batch_size": 8}),
+        ("two", {"train_batch_size": 4, "gradient_accumulation_steps": 2, "dataloader_num_workers": 2}),
+    ):
         assert train(parts, tmp_path / name, choices=parts / "pairs", loss="pickscore", max_train_steps=1, **options) == 0
     logs = [[json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()] for run in ("one", "two")]
     assert logs[0][0]["loss"] == pytest.approx(logs[1][0]["loss"], rel=1e-5)
@@ -203,3 +209,31 @@ def test_what_cannot_be_trained_says_so(parts, tmp_path, capsys):
     assert train(parts, tmp_path / "z", max_train_steps=1) == 0
     assert "another configuration:\n  learning_rate: was 0.001, now 0.1" in error(out=tmp_path / "z", max_train_steps=1, learning_rate=0.1)
     assert train(parts, tmp_path / "z", max_train_steps=1, device="cpu", checkpointing_steps=5) == 0, "these do not change the result"
+
+
+def test_training_sees_what_the_saved_scorer_sees(parts, tmp_path):
+    """Texts of unlike lengths in one batch, one of them cut, and pictures of unlike sizes: the same scores as one at a time."""
+    options = {"mixed_precision": "bf16", "gradient_checkpointing": "true", "vision_layers": 1, "text_layers": 0}
+    assert train(parts, tmp_path, max_train_steps=1, **options) == 0
+    assert json.loads((tmp_path / "log.jsonl").read_text())["grad_norm"] > 0
+    saved = clip.load_scorer(tmp_path / "model", "mine")
+    seen = learner_of(clip.load_scorer(tmp_path / "model", "mine"))
+    texts = ["a", "a man in red and red and red", "man " * 40]
+    pictures = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (20 + i, 31, 3), dtype=np.uint8)) for i in range(3)]
+    with torch.no_grad():
+        together = seen.scale() * (seen.images(seen.prepare(pictures)) * seen.texts(texts)).sum(1)
+    with pytest.warns(UserWarning, match="1 of 1 prompts are longer"):
+        alone = [saved(to_tensor([p]), [t]).item() for p, t in zip(pictures, texts)]
+    assert together.tolist() == pytest.approx(alone, rel=1e-4)
+
+
+def test_a_dry_run_says_how_much_it_is(parts, tmp_path, capsys):
+    words = {"output_dir": tmp_path / "x", "choices": parts / "pairs", "start.path": parts / "start", "max_train_steps": 30}
+    command = [w for k, v in words.items() for w in (f"--{k}", str(v))]
+    assert main(["scorer", "train", "--dry_run", *command, "--train_batch_size", "8", "--vision_layers", "0", "--text_layers", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "24 of 24 rows; an update sees 8 rows, about 16 images; 30 updates are 10 epochs" in said and not (tmp_path / "x").exists()
+    count = sum(v.numel() for v in load_file(parts / "start/model.safetensors").values())
+    assert f"1e-06 M of {count / 1e6:.3g} M parameters train" in said
+    assert main(["scorer", "export", "--dry_run", "--choices", str(parts / "pairs")]) == 2
+    assert "--dry_run: export has none" in capsys.readouterr().err

@@ -18,11 +18,11 @@ COMMANDS: dict[str, str] = {
     "caption": "caption photos with a vision-language model; needs no recipe",
     "examples": "choose winners and losers (--stage)",
     "train": "train a stage (--stage)",
+    "scorer": "preference scorers of your own: import, export, train, evaluate",
     "generate": "images of the evaluation prompts from base and stages",
     "evaluate": "measure and compare; metrics.json",
     "report": "report.html and the table",
     "annotate": "people look at images: serve, invite, import, export, consolidate, simulate",
-    "scorer": "preference scorers of your own: import, export, train, evaluate",
     "figures": "the embedded world: make",
     "env": "versions, for bug reports",
 }
@@ -37,8 +37,6 @@ def parser() -> argparse.ArgumentParser:
         )
         if name == "env":
             continue
-        if name == "figures":
-            c.add_argument("action", choices=["make"])
         if name == "annotate":
             c.add_argument("action", choices=["serve", "invite", "import", "export", "consolidate", "simulate"])
             c.add_argument(
@@ -49,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
             c.add_argument("--count", type=int, default=3, help="simulate: how many")
             c.add_argument("--ties_misaligned", action="store_true", help="consolidate: words marked by half of the raters are misaligned")
         if name == "scorer":
-            c.add_argument("action", choices=["import", "export", "train"])
+            c.add_argument("action", choices=["import", "export", "train", "evaluate"])
+        if name == "figures":
+            c.add_argument("action", choices=["make", "hps"])
         c.add_argument("recipe", nargs="?", help="a YAML file")
         c.add_argument("--config", help="the same")
         c.add_argument("--print_config", action="store_true", help="print every value and stop")
@@ -117,12 +117,15 @@ def dispatch(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     if args.command == "scorer":
         from limner.steps.scorer import scorer
 
-        return scorer(args.action, path, overrides, print_config=args.print_config)
+        return scorer(args.action, path, overrides, print_config=args.print_config, dry_run=args.dry_run)
     if not path:
         raise ValueError("which recipe? e.g. limner run recipes/figures/demo.yaml")
     if args.command == "figures":
+        from limner.figures.hps import run_hps
         from limner.figures.world import make_world
 
+        if args.action == "hps":
+            return run_hps(Path(path), overrides, print_config=args.print_config)
         return make_world(Path(path), overrides, print_config=args.print_config)
     if args.command == "annotate":
         return dispatch_annotate(args, path, overrides)

@@ -72,7 +72,13 @@ def judge(rows: Sequence[Choice], scores: Sequence[Sequence[float]]) -> Judged:
 
 
 def accuracy(
-    judged: Judged, *, tie_policy: TiePolicy = "drop", average: Average = "pairs", tie_margin: float = 0.0, seed: int = 0
+    judged: Judged,
+    *,
+    tie_policy: TiePolicy = "drop",
+    average: Average = "pairs",
+    tie_margin: float = 0.0,
+    seed: int = 0,
+    draws: int = DRAWS,
 ) -> dict[str, Any]:
     """Share of pairs whose order the scores tell, with a bootstrap interval over prompts.
 
@@ -81,6 +87,7 @@ def accuracy(
             people decided, Pick-a-Pic); right counts them as right (HPSv2's rank accuracy). Predicted ties are wrong but for half.
         average: pairs pools all; prompts takes the mean over prompts of their shares.
         tie_margin: scores no further apart are a predicted tie.
+        draws: of the bootstrap.
 
     Returns:
         value, low, high (None with one prompt or no pair), n_pairs counted, n_ties (human ones, counted or not), n_predicted_ties,
@@ -91,13 +98,32 @@ def accuracy(
     found: dict[str, Any] = {"value": None, "low": None, "high": None}
     table = _by_prompt(credit[counted], judged.prompt[counted])
     if len(table):
-        interval = bootstrap(table, _pooled if average == "pairs" else _averaged, seed, DRAWS) if len(table) > 1 else None
+        interval = bootstrap(table, _pooled if average == "pairs" else _averaged, seed, draws) if len(table) > 1 else None
         found["value"] = (_pooled if average == "pairs" else _averaged)(table)
         found |= {"low": interval.low, "high": interval.high} if interval else {}
     return found | {
         "n_pairs": int(counted.sum()), "n_ties": int(tied.sum()), "n_predicted_ties": int((np.abs(judged.margin) <= tie_margin).sum()),
         "n_prompts": len(table), "n_missing": judged.missing, "tie_policy": tie_policy, "average": average,
     }  # fmt: skip
+
+
+def accuracy_difference(
+    ours: Judged, theirs: Judged, *, tie_policy: TiePolicy = "drop", average: Average = "pairs", seed: int = 0, draws: int = DRAWS
+) -> dict[str, Any]:
+    """Accuracy of one scorer less another's on the same pairs, bootstrapped over prompts: what a prompt adds to both cancels.
+
+    Raises:
+        ValueError: not the same pairs, or fewer than two prompts.
+    """
+    if not np.array_equal(ours.preference, theirs.preference) or not np.array_equal(ours.prompt, theirs.prompt):
+        raise ValueError("the scorers were judged on different pairs; leave out images that one of them has no score of")
+    parts = []
+    for judged in (ours, theirs):
+        credit, counted = _credit(judged, tie_policy, 0.0)
+        parts.append(_by_prompt(credit[counted], judged.prompt[counted]))
+    mean = _pooled if average == "pairs" else _averaged
+    spread = bootstrap(np.concatenate(parts, 1), lambda x: mean(x[:, :2]) - mean(x[:, 2:]), seed, draws)
+    return {"value": spread.value, "low": spread.low, "high": spread.high, "n_prompts": len(parts[0])}
 
 
 def _credit(judged: Judged, tie_policy: TiePolicy, tie_margin: float) -> tuple[Array, NDArray[np.bool_]]:
@@ -201,13 +227,16 @@ def by_generator(judged: Judged, seen: Collection[str] | None, **how: Any) -> di
 
 
 def top_choice(rows: Sequence[Choice], scores: Sequence[Sequence[float]], seed: int = 0) -> dict[str, Any]:
-    """How often the best-scored image is the chosen one (HPS v1's accuracy), and how often chance would hit it."""
+    """How often the best-scored image is the chosen one (HPS v1's accuracy), and how often chance would hit it.
+
+    Any of equally good ones will do; equal scores choose by lot.
+    """
     table, chance = [], []
     for row, values in zip(rows, scores, strict=True):
         if np.isfinite(values).all():
-            share = shares(row)
-            table.append(share[int(np.argmax(values))] if len(set(values)) > 1 else 1 / len(share))
-            chance.append(1 / len(share))
+            best = np.array(shares(row)) == max(shares(row))
+            table.append(float(best[np.array(values) == max(values)].mean()))
+            chance.append(float(best.mean()))
     if len(table) < 2:
         return {"value": None, "low": None, "high": None, "n": len(table), "chance": None}
     spread = bootstrap(np.array(table), lambda x: float(x.mean()), seed, DRAWS)

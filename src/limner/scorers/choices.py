@@ -109,14 +109,18 @@ class Choices:
             return list(found)
         return [_read(self.root / name, f"{self.folder}: row {self.rows[index].id}") for name in self.rows[index].files]
 
-    def pictures(self, index: int) -> list[Image.Image]:
-        """The same decoded, RGB.
+    def decode(self, index: int, encoded: Sequence[bytes]) -> list[Image.Image]:
+        """The pictures of a row from their encoded bytes, RGB.
 
         Raises:
-            ValueError: also a picture that cannot be decoded; names row and file.
+            ValueError: a picture that cannot be decoded; names row and file.
         """
         row = self.rows[index]
-        return [decode(data, f"{self.folder}: row {row.id}: {name}") for data, name in zip(self.encoded(index), row.files)]
+        return [decode(data, f"{self.folder}: row {row.id}: {name}") for data, name in zip(encoded, row.files)]
+
+    def pictures(self, index: int) -> list[Image.Image]:
+        """`decode` of `encoded`."""
+        return self.decode(index, self.encoded(index))
 
     def order(self, *key: int | str) -> list[int]:
         """Every row once, in an order decided by the key: blocks of `OPEN_SHARDS` shards by lot, and rows by lot within each."""

@@ -25,9 +25,10 @@ class Import:
     """`limner scorer import`: a published set of choices to the common record.
 
     Args:
-        format: hpd_v1, hpd_v2 (train.json or test.json), hpd_v3, pick_a_pic (v1 or v2), imagereward, evalmuse.
-        source: the JSON file; for pick_a_pic a parquet file or a folder of them.
-        images: the folder that the source names its images from ("" = they are not at hand: rankings alone).
+        format: hpd_v1, hpd_v2 (train.json or test.json), hpd_v3, pick_a_pic (v1 or v2), imagereward, evalmuse, or feedback (of our own).
+        source: the JSON file; for pick_a_pic a parquet file or a folder of them; for feedback JSONL or parquet of Feedback rows.
+        images: the folder that the source names its images from ("" = they are not at hand: rankings alone); for feedback the step's folder
+            of the images that were shown, such as a pool.
         output_dir: where the rows are written.
         embed: copy the images into the rows (pick_a_pic brings them along anyway).
         min_confidence: of hpd_v3: rows below it are dropped.
@@ -36,7 +37,7 @@ class Import:
         rows_per_shard: how often work is saved.
     """
 
-    format: Literal["hpd_v1", "hpd_v2", "hpd_v3", "pick_a_pic", "imagereward", "evalmuse"] = "hpd_v1"
+    format: Literal["hpd_v1", "hpd_v2", "hpd_v3", "pick_a_pic", "imagereward", "evalmuse", "feedback"] = "hpd_v1"
     source: str = ""
     images: str = ""
     output_dir: str = ""
@@ -64,8 +65,11 @@ class Export:
     rows_per_shard: int = 256
 
 
-def import_choices(config: Import) -> dict[str, Any]:
+def import_choices(config: Import, found: Iterable[Choice | Dropped] | None = None) -> dict[str, Any]:
     """Write the rows of a published set and `report.json`: how many rows, images, ties, and what was dropped, why and where.
+
+    Args:
+        found: the source's rows, where they are not of a published set.
 
     Raises:
         ValueError: another schema than the format's, or not one row left; names file, row and field.
@@ -77,7 +81,8 @@ def import_choices(config: Import) -> dict[str, Any]:
         raise ValueError(f"images: there is no folder {root}")
     decides = {k: getattr(config, k) for k in ("format", "images", "embed", "min_confidence", "soft_labels", "limit", "rows_per_shard")}
     step = open_step(folder, "choices", decides, {"source": _identity(source)})
-    found = read_choices(config.format, source, min_confidence=config.min_confidence, soft_labels=config.soft_labels)
+    if found is None:
+        found = read_choices(config.format, source, min_confidence=config.min_confidence, soft_labels=config.soft_labels)
     if config.limit:
         found = (row for row, _ in zip(found, range(config.limit)))
     dropped: dict[str, list[str]] = {}

@@ -29,17 +29,22 @@ from limner.store import differences, input_hash, write_atomic
 
 NOT_IDENTITY = (
     "output_dir", "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_rows", "validation", "device",
+    "dataloader_num_workers", "gradient_checkpointing",
 )  # fmt: skip
 
 
 @torch.no_grad()
-def score_rows(learner: Learner, choices: Choices, rows: int = 0) -> list[list[float]]:
-    """Scores of the images of the first rows (0 = all), as the saved scorer gives them."""
+def score_rows(learner: Learner, choices: Choices, rows_at_once: int = 16) -> list[list[float]]:
+    """Scores of the images of all rows, as the saved scorer gives them."""
     training_mode(learner, False)
-    found = []
-    for index in range(min(rows or len(choices), len(choices))):
-        images = learner.images(learner.prepare(choices.pictures(index)).to(learner.device))
-        found.append((learner.scale() * (images * learner.texts([choices.rows[index].text])).sum(1)).float().tolist())
+    found: list[list[float]] = []
+    for start in range(0, len(choices), rows_at_once):
+        part = choices.rows[start : start + rows_at_once]
+        pictures = [choices.pictures(start + i) for i in range(len(part))]
+        images = learner.images(learner.prepare([p for row in pictures for p in row]).to(learner.device))
+        texts = learner.texts([row.text for row in part])
+        for said, seen in zip(texts, images.split([len(row) for row in pictures])):
+            found.append((learner.scale() * (seen @ said)).float().tolist())
     return found
 
 
@@ -73,7 +78,7 @@ def train_scorer(config: TrainScorer, learner: Learner, *, revision: str) -> Pat
     if config.gradient_checkpointing:
         if learner.kind != "clip":
             raise ValueError("gradient_checkpointing: only a CLIP has it; leave it out")
-        learner.model.gradient_checkpointing_enable()  # type: ignore[operator]
+        learner.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     spread: torch.nn.Linear | None = None
     if config.loss == "gaussian":
         spread = torch.nn.Linear(learner.width, 1).to(device)  # all equally sure at first
@@ -114,6 +119,26 @@ def train_scorer(config: TrainScorer, learner: Learner, *, revision: str) -> Pat
     fit(loss, draw, o, max_train_steps=config.max_train_steps, start=begin, every=every, save=save, name=f"train {out.name}")
     training_mode(learner, False)
     return _write(out / "model", learner, spread, config, choices, revision)
+
+
+def describe(config: TrainScorer, learner: Learner) -> str:
+    """What training would be, for --dry_run: rows, updates, images, and memory of weights and optimiser."""
+    choices = Choices(Path(config.choices), images=Path(config.images) if config.images else None)
+    chosen = usable(choices.rows, config.loss)
+    names = set(
+        choose_parameters(learner, vision_layers=config.vision_layers, text_layers=config.text_layers, train_scale=config.train_scale)
+    )
+    choices.pictures(chosen[0])
+    rows = config.train_batch_size * config.gradient_accumulation_steps
+    images = rows * sum(len(choices.rows[i].files) for i in chosen) / len(chosen)
+    sizes = {n: p.numel() for n, p in learner.model.named_parameters()}
+    moving = sum(v for n, v in sizes.items() if n in names)
+    megabytes = (4 * sum(sizes.values()) + 12 * moving) / 2**20  # float32 weights; gradient and Adam's two moments
+    return (
+        f"{len(chosen)} of {len(choices)} rows; an update sees {rows} rows, about {images:.0f} images; {config.max_train_steps} updates "
+        f"are {config.max_train_steps * rows / len(chosen):.2g} epochs\n{moving / 1e6:.3g} M of {sum(sizes.values()) / 1e6:.3g} M "
+        f"parameters train; weights and optimiser {megabytes:.0f} MB, without activations"
+    )
 
 
 def _identity(config: TrainScorer, revision: str) -> dict[str, Any]:

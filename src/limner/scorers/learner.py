@@ -104,19 +104,29 @@ def dual_learner(model: DualEncoder, tokenizer: Any) -> Learner:
 
 
 def learner_of(scorer: Any) -> Learner:
-    """Of a loaded scorer."""
-    return dual_learner(scorer.model, scorer.tokenizer) if isinstance(scorer, DualScorer) else clip_learner(scorer)
+    """Of a loaded scorer.
+
+    Raises:
+        ValueError: another kind than CLIP and dual.
+    """
+    if isinstance(scorer, DualScorer):
+        return dual_learner(scorer.model, scorer.tokenizer)
+    if not isinstance(scorer, ClipScorer):
+        raise ValueError(f"start.kind: {type(scorer).__name__} cannot be trained; expected clip, pickscore, one of the HPS, or dual")
+    return clip_learner(scorer)
 
 
 def new_dual(config: DualConfig, tokenizer: Path, seed: int) -> Learner:
     """A dual encoder of random weights.
 
     Raises:
-        ValueError: no tokenizer's folder.
+        ValueError: no tokenizer's folder, or a tokenizer that does not say how long texts may be.
     """
     if not (tokenizer / "tokenizer.json").is_file() and not (tokenizer / "vocab.json").is_file():
         raise ValueError(f"start.tokenizer: {tokenizer} has no tokenizer; a new dual encoder needs the folder of a CLIP tokenizer")
     words = CLIPTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    if words.model_max_length > 1000:  # transformers' way to say that it is not known
+        raise ValueError(f"start.tokenizer: {tokenizer} does not say model_max_length; set it in its tokenizer_config.json, e.g. to 77")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = DualEncoder(config, vocabulary_of(words))

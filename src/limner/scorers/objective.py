@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -66,6 +67,7 @@ class TrainScorer:
         train_batch_size: rows (prompts) a micro-batch.
         gradient_accumulation_steps: micro-batches an update.
         gradient_checkpointing: of a CLIP: less memory, more time.
+        dataloader_num_workers: threads that decode and resize a batch's images (0 = none).
         mixed_precision: no or bf16; scores and loss are float32.
         device: auto, cpu, cuda, mps ...
         checkpointing_steps: how often work is saved.
@@ -99,6 +101,7 @@ class TrainScorer:
     train_batch_size: int = 16
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
+    dataloader_num_workers: int = 0
     mixed_precision: Literal["no", "bf16"] = "no"
     device: str = "auto"
     checkpointing_steps: int = 500
@@ -128,6 +131,7 @@ class Draw:
         self.choices, self.chosen, self.learner, self.config = choices, set(chosen), learner, config
         self.weights = prompt_weights(choices.rows) if config.prompt_weights else [row.weight for row in choices.rows]
         self._order: tuple[int, list[int]] = (-1, [])
+        self._workers = ThreadPoolExecutor(config.dataloader_num_workers) if config.dataloader_num_workers else None
 
     def __call__(self, step: int) -> list[Batch]:
         c = self.config
@@ -141,19 +145,24 @@ class Draw:
         return self._order[1][place]
 
     def _batch(self, first: int) -> Batch:
-        rows: list[Choice] = []
-        pixels, owner, weights = list[Tensor](), list[int](), list[float]()
-        for position in range(first, first + self.config.train_batch_size):
-            index = self._row(position)
-            pictures = self.choices.pictures(index)
-            if torch.rand((), generator=seeds.generator(self.config.seed, "mirror", position)) < self.config.mirror:
-                pictures = [ImageOps.mirror(p) for p in pictures]
-            pixels.append(self.learner.prepare(pictures))
-            owner += [len(rows)] * len(pictures)
-            rows.append(self.choices.rows[index])
-            weights.append(float(self.weights[index]))
+        indices = [self._row(position) for position in range(first, first + self.config.train_batch_size)]
+        encoded = [self.choices.encoded(index) for index in indices]  # in one thread: shards are opened in turn
+        mirrored = [
+            bool(torch.rand((), generator=seeds.generator(self.config.seed, "mirror", first + i)) < self.config.mirror)
+            for i in range(len(indices))
+        ]
+        apply = map if self._workers is None else self._workers.map
+        pixels = list(apply(self._prepare, indices, encoded, mirrored))
         device = self.learner.device
-        return Batch(rows, torch.cat(pixels).to(device), torch.tensor(owner, device=device), torch.tensor(weights, device=device))
+        owner = [i for i, found in enumerate(encoded) for _ in found]
+        return Batch(
+            [self.choices.rows[index] for index in indices], torch.cat(pixels).to(device), torch.tensor(owner, device=device),
+            torch.tensor([float(self.weights[index]) for index in indices], device=device),
+        )  # fmt: skip
+
+    def _prepare(self, index: int, encoded: list[bytes], mirrored: bool) -> Tensor:
+        pictures = self.choices.decode(index, encoded)
+        return self.learner.prepare([ImageOps.mirror(p) for p in pictures] if mirrored else pictures)
 
 
 def usable(rows: Sequence[Choice], loss: LossName) -> list[int]:
