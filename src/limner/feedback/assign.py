@@ -277,8 +277,8 @@ def _settle_slot(session: Session, rater_id: int, item: Item, skipped: bool) -> 
 def images_of(session: Session, item: Item) -> dict[str, str]:
     """An item's image ids by token, in the item's order."""
     names = json.loads(item.pictures)
-    rows = session.execute(select(col(Picture.token), col(Picture.image_id)).where(col(Picture.token).in_(names))).tuples().all()
-    found = dict(rows)
+    rows = session.execute(select(col(Picture.token), col(Picture.image_id)).where(col(Picture.token).in_(names))).all()
+    found = {row[0]: row[1] for row in rows}
     return {token: found[token] for token in names}
 
 

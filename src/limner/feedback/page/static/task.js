@@ -146,7 +146,7 @@ async function send(skipped = '') {
       }
       if (!(error instanceof Refused || error instanceof TypeError)) { tell(String(error)); break; }
       saved('Not submitted yet: no connection. Trying again …', 'bad');
-      await new Promise((done) => { setTimeout(done, wait); });
+      await new Promise((done) => { setTimeout(done, wait * (0.5 + Math.random() / 2)); }); // not all at once
     }
   }
   busy = false;
