@@ -179,11 +179,11 @@ function tour(steps) {
   step();
 }
 
-function askSkip() { if (task && config.role !== 'admin') $('skipping').showModal(); }
+function askSkip() { if (!task || config.role === 'admin') return; $('skipping').returnValue = ''; $('skipping').showModal(); }
+$('noskip').addEventListener('click', () => $('skipping').close('back'));
 $('skipping').addEventListener('close', () => {
   const form = new FormData($('skipform'));
   if ($('skipping').returnValue === 'skip') send(String(form.get('other')).trim() || form.get('reason'));
-  $('skipping').returnValue = '';
 });
 
 const common = [['undo', 'Undo', 'z', undo], ['redo', 'Redo', 'y', redo], ['skip', 'Skip', 's', askSkip], ['submit', 'Submit', 'Ctrl+Enter', () => send()],
