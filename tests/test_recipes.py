@@ -14,7 +14,7 @@ from limner.store import read_rows
 from tiny import save_tiny
 
 ROOT = Path(__file__).parent.parent
-RECIPES = [p for p in sorted((ROOT / "recipes").rglob("*.yaml")) if p.name != "world.yaml"]
+RECIPES = [p for p in sorted((ROOT / "recipes").rglob("*.yaml")) if p.name != "world.yaml" and p.parent.name != "annotate"]
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def given(study: Study, database: Database, settled: bool = True) -> list[Given]
         .where(col(Answer.skipped) == "")
     )
     with reading(database) as session:
-        ids = dict(session.execute(select(col(Picture.token), col(Picture.image_id))).tuples().all())
+        ids = {row[0]: row[1] for row in session.execute(select(col(Picture.token), col(Picture.image_id)))}
         items = {i.id: i for i in session.execute(select(Item)).scalars()}
         rows = session.execute(query.order_by(col(Answer.item_id), col(Answer.rater_id))).all()
     final = {a.item_id for a, _ in rows if a.final} if settled else set()
@@ -95,7 +95,7 @@ def history(database: Database) -> Iterator[dict[str, Any]]:
         .join(Rater, col(Rater.id) == col(Answer.rater_id))
     )
     with reading(database) as session:
-        names = dict(session.execute(select(col(Picture.token), col(Picture.image_id))).tuples().all())
+        names = {row[0]: row[1] for row in session.execute(select(col(Picture.token), col(Picture.image_id)))}
         for answer, key, rater in session.execute(query.order_by(col(Answer.created), col(Answer.id))):
             payload = json.loads(answer.payload)
             for name in ("left", "right"):

@@ -113,7 +113,7 @@ def take(session: Session, study: Study, rater_id: int, now: float) -> Slot | No
 
     None: there is none for them now. The slot is theirs for `lease_minutes` more.
     """
-    session.execute(select(col(Rater.id)).where(col(Rater.id) == rater_id).with_for_update())  # two tabs take turns
+    _lock_rater(session, rater_id)
     held = select(Slot).where(col(Slot.rater_id) == rater_id, ~col(Slot.done), col(Slot.expires) > now).order_by(col(Slot.position))
     slot = session.execute(held.limit(1)).scalar_one_or_none() or _due_gold(session, study, rater_id)
     if slot is None:
@@ -128,6 +128,11 @@ def take(session: Session, study: Study, rater_id: int, now: float) -> Slot | No
     session.add(slot)
     session.flush()
     return slot
+
+
+def _lock_rater(session: Session, rater_id: int) -> None:
+    """Two tabs of a rater take turns. Every transaction locks the rater before a slot, so none waits for one that waits for it."""
+    session.execute(select(col(Rater.id)).where(col(Rater.id) == rater_id).with_for_update(key_share=True))
 
 
 def _open(rater_id: int, now: float) -> Select:
@@ -166,6 +171,7 @@ def save_draft(database: Database, study: Study, rater_id: int, item_id: int, ba
     """
     now = time.time()
     with writing(database) as session:
+        _lock_rater(session, rater_id)
         slot = _own_slot(session, rater_id, item_id)
         draft = session.get(Draft, (item_id, rater_id), with_for_update=True)
         if draft is None:
@@ -224,6 +230,7 @@ def submit(
 def _submit(
     session: Session, study: Study, rater_id: int, item_id: int, id: str, base: int, payload: Any, seconds: float, skipped: str, final: bool
 ) -> Saved:
+    _lock_rater(session, rater_id)
     known = session.get(Answer, id)
     if known is not None:
         if (known.rater_id, known.item_id) != (rater_id, item_id):
@@ -277,8 +284,8 @@ def _settle_slot(session: Session, rater_id: int, item: Item, skipped: bool) -> 
 def images_of(session: Session, item: Item) -> dict[str, str]:
     """An item's image ids by token, in the item's order."""
     names = json.loads(item.pictures)
-    rows = session.execute(select(col(Picture.token), col(Picture.image_id)).where(col(Picture.token).in_(names))).tuples().all()
-    found = dict(rows)
+    rows = session.execute(select(col(Picture.token), col(Picture.image_id)).where(col(Picture.token).in_(names))).all()
+    found = {row[0]: row[1] for row in rows}
     return {token: found[token] for token in names}
 
 

@@ -60,8 +60,10 @@ def _rich(study: Study, answer: Mapping[str, Any], text: str, images: Mapping[st
 
 
 def _part(answer: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    part = answer.get(name)
-    return part if isinstance(part, Mapping) else {}
+    part = answer.get(name, {})
+    if not isinstance(part, Mapping):
+        raise ValueError(f"{name}: {type(part).__name__}; expected an object")
+    return part
 
 
 def _choice(study: Study, answer: Mapping[str, Any], text: str, images: Mapping[str, str]) -> dict[str, Payload]:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastapi import HTTPException
 from sqlalchemy import Engine, Index, UniqueConstraint, event
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlmodel import Field, Session, SQLModel, create_engine
 
 
@@ -170,8 +171,15 @@ def writing(database: Database) -> Iterator[Session]:
         with Session(database.engine, expire_on_commit=False) as session, session.begin():
             yield session
         return
-    with database.lock, Session(database.engine.execution_options(writes=True), expire_on_commit=False) as session, session.begin():
-        yield session
+    with database.lock, Session(database.engine.execution_options(writes=True), expire_on_commit=False) as session:
+        try:
+            with session.begin():
+                yield session
+        except (ValueError, IntegrityError, HTTPException):
+            raise
+        except BaseException:  # rows that were never fetched would keep this connection at an old view of the database
+            session.invalidate()
+            raise
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def rater_rows(database: Database, answers: Sequence[Given]) -> list[dict[str, A
     with reading(database) as session:
         people = list(session.execute(select(Rater).order_by(col(Rater.name))).scalars())
         query = select(col(Answer.rater_id), func.count()).where(col(Answer.skipped) != "").group_by(col(Answer.rater_id))
-        skips = dict(session.execute(query).tuples().all())
+        skips = {row[0]: row[1] for row in session.execute(query)}
     found = []
     for person in people:
         mine = [a for a in answers if a.rater == person.name and not a.final]

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -210,6 +212,22 @@ def serve(study: Study, password: str = "") -> None:
     for name, link in first_links(study, database, where):
         print(f"annotate: {name}, once: {link}", flush=True)
     uvicorn.Server(config).run(sockets=[sock])
+
+
+@contextmanager
+def serving(study: Study, database: Database) -> Iterator[str]:
+    """The study's address, on a free port of this machine, while it is served by a thread of this process."""
+    import uvicorn
+
+    config = uvicorn.Config(make_app(study, database), host="127.0.0.1", port=0, log_level="warning", server_header=False)
+    sock, server = config.bind_socket(), uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}"  # connections wait in the socket's queue until it is up
+    finally:
+        server.should_exit = True
+        thread.join(20)
 
 
 def first_links(study: Study, database: Database, where: str) -> list[tuple[str, str]]:

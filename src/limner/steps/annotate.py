@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from limner.feedback.study import Study
+from limner.steps.run import FIGURES
 
 ACTIONS = {
     "serve": "the page that raters and admins use",
@@ -24,7 +26,19 @@ def annotate(action: str, study: Study, **options: Any) -> None:
     actions: dict[str, Callable[..., None]] = {
         "serve": _serve, "invite": _invite, "import": _import, "export": _export, "consolidate": _consolidate, "simulate": _simulate,
     }  # fmt: skip
-    actions[action](study, **options)
+    actions[action](_with_figures(study), **options)
+
+
+def _with_figures(study: Study) -> Study:
+    """The study with `images.from: figures` drawn to a table below output_dir."""
+    if study.images.source != FIGURES:
+        return study
+    if study.task != "rich":
+        raise ValueError(f"images.from: figures are for task rich; task {study.task} needs folders of images to compare")
+    from limner.figures.raters import write_study
+
+    path = write_study(Path(study.output_dir) / "figures.parquet", study.images.limit or 60, study.seed)
+    return replace(study, images=replace(study.images, source=str(path)))
 
 
 def _serve(study: Study, **_: Any) -> None:
@@ -80,7 +94,29 @@ def _consolidate(study: Study, ties_misaligned: bool = False, **_: Any) -> None:
 
 
 def _simulate(study: Study, count: int = 3, **_: Any) -> None:
-    raise ValueError("not there yet")
+    import sqlalchemy
+    from sqlmodel import col
+
+    from limner.feedback.database import Picture, reading
+    from limner.feedback.server import invitation, prepare, serving
+    from limner.feedback.simulate import run_raters
+    from limner.figures.raters import load_truth
+    from limner.inputs import iter_prompts
+
+    if count < study.overlap:
+        raise ValueError(f"--count: {count} raters cannot give every item {study.overlap} answers (overlap)")
+    database = prepare(study)
+    truths = {p.id: load_truth(p.truth) for p in iter_prompts(study.images.source, "train") if p.truth}
+    with reading(database) as session:
+        names = {row[0]: row[1] for row in session.execute(sqlalchemy.select(col(Picture.token), col(Picture.image_id)))}
+    if missing := [i for i in names.values() if i not in truths]:
+        raise ValueError(
+            f"image {missing[0]}: no truth is known of it; simulated raters answer for rendered figures (images.from: figures)"
+        )
+    with serving(study, database) as address:
+        links = [invitation(study, database, f"simulated-{n:03d}", "rater", address) for n in range(count)]
+        done = run_raters(address, links, study, truths.__getitem__, names)
+    print(f"annotate simulate: {count} raters gave {done} answers")
 
 
 def _file(file: str) -> Path:

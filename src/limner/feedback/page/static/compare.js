@@ -21,17 +21,23 @@ function frame(item, tokens, columns, below) {
   });
   const tiles = make('div', { className: 'tiles', id: 'tiles' });
   const prompt = make('p', { className: 'prompt', dir: 'auto', id: 'prompt' }, item.text.trim() ? item.text : '(no prompt)');
-  const element = make('div', { className: 'compare' }, prompt, tiles, below);
+  const sizes = make('div', { className: 'segmented', role: 'group', ariaLabel: 'Zoom' });
+  const element = make('div', { className: 'compare' }, make('div', { className: 'head' }, prompt, sizes), tiles, below);
   const fit = () => {
     const aspect = Math.max(...item.images.map((i) => i.width / i.height));
     const rows = Math.ceil(tokens.length / columns);
     tiles.style.setProperty('--columns', columns);
     tiles.style.setProperty('--tile', `${((matchMedia('(max-width: 820px)').matches ? 40 : 62) / rows) * aspect * tile}vh`);
-    tiles.style.setProperty('--phone-columns', tile > 1 || tokens.length === 2 ? 1 : 2);
+    tiles.style.setProperty('--phone-columns', tile > 1 ? 1 : 2);
   };
   fit();
   const zoom = (by) => () => { tile = Math.min(Math.max(tile * by, 1), 5); fit(); };
   const actions = [['zoom-in', 'Zoom in', '+', zoom(1.4)], ['zoom-out', 'Zoom out', '-', zoom(1 / 1.4)], ['zoom-fit', 'Fit the images', '0', zoom(0)]];
+  sizes.append(...[[1, '−'], [2, 'Fit'], [0, '+']].map(([n, text]) => {
+    const b = make('button', { type: 'button', ariaLabel: actions[n][1] }, text);
+    b.addEventListener('click', actions[n][3]);
+    return b;
+  }));
   return { element, tiles, options, actions, fit };
 }
 

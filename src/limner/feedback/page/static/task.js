@@ -146,7 +146,7 @@ async function send(skipped = '') {
       }
       if (!(error instanceof Refused || error instanceof TypeError)) { tell(String(error)); break; }
       saved('Not submitted yet: no connection. Trying again …', 'bad');
-      await new Promise((done) => { setTimeout(done, wait); });
+      await new Promise((done) => { setTimeout(done, wait * (0.5 + Math.random() / 2)); }); // not all at once
     }
   }
   busy = false;
@@ -179,11 +179,11 @@ function tour(steps) {
   step();
 }
 
-function askSkip() { if (task && config.role !== 'admin') $('skipping').showModal(); }
+function askSkip() { if (!task || config.role === 'admin') return; $('skipping').returnValue = ''; $('skipping').showModal(); }
+$('noskip').addEventListener('click', () => $('skipping').close('back'));
 $('skipping').addEventListener('close', () => {
   const form = new FormData($('skipform'));
   if ($('skipping').returnValue === 'skip') send(String(form.get('other')).trim() || form.get('reason'));
-  $('skipping').returnValue = '';
 });
 
 const common = [['undo', 'Undo', 'z', undo], ['redo', 'Redo', 'y', redo], ['skip', 'Skip', 's', askSkip], ['submit', 'Submit', 'Ctrl+Enter', () => send()],
