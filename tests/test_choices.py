@@ -251,6 +251,19 @@ def test_embedded_images_need_no_folder_any_more(tmp_path):
     assert Choices(out).encoded(1) == [picture(2), picture(1)]
 
 
+def test_a_lost_shard_is_made_again_and_limit_takes_the_first_rows(tmp_path):
+    out = tmp_path / "out"
+    options = ["--images", str(tmp_path / "images"), "--output_dir", str(out), "--rows_per_shard", "1", "--embed", "true"]
+    assert import_hpd(tmp_path, *options) == 0
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    for name in ("part-00001.parquet", "part-00001.parquet.sha256"):
+        (out / name).unlink()
+    assert import_hpd(tmp_path, *options) == 0
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert import_hpd(tmp_path, "--output_dir", str(tmp_path / "few"), "--limit", "2") == 0
+    assert [r.id for r in Choices(tmp_path / "few").rows] == ["hpd_v1-0000000", "hpd_v1-0000001"]
+
+
 def test_a_set_of_which_nothing_is_left_is_an_error(tmp_path, capsys):
     path = write_json(tmp_path / "t.json", [{"prompt": "a", "file_path": ["x"], "human_preference": 0}])
     assert main(["scorer", "import", "--format", "hpd_v1", "--source", str(path), "--output_dir", str(tmp_path / "o")]) == 2

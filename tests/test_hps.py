@@ -31,9 +31,11 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_quality_falls_with_every_fault():
-    assert quality(0, 0, 0) == 0
-    assert quality(1, 0, 0) < quality(0, 1, 0) < quality(0, 0, 1) < 0
-    assert quality([0.5, 0], [0, 1], [0, 0.5]).tolist() == [-1.5, -2.0]
+    costs = {"wrong": 2.0, "defect": 1.5, "blur": 1.0}
+    pictures = [{"wrong": 0, "defect": 0, "blur": 0}, {"wrong": 0.5, "defect": 0, "blur": 0.25}, {"wrong": 0, "defect": 1, "blur": 0}]
+    assert quality(pictures, costs).tolist() == [0, -1.25, -1.5]
+    with pytest.raises(ValueError, match="costs of wrong, smear; expected wrong, defect, blur"):
+        quality(pictures, {"wrong": 1, "smear": 1})
 
 
 def test_choices_follow_luces_axiom():

@@ -50,6 +50,7 @@ class Hps:
         splits: choices' split to the world's split that captions come from.
         prompts: captions a split.
         choices_per_prompt: each with another rater and other pictures.
+        quality: what a caption wholly missed, a sure defect and all sharpness lost cost.
         noise: of a rater, in units of quality.
         tie: a rater whose best two are less than this apart cannot decide.
         sampler: of the pictures.
@@ -71,7 +72,8 @@ class Hps:
     splits: dict[str, str] = field(default_factory=lambda: {"train": "scorer", "validation": "judge", "test": "raters"})
     prompts: dict[str, int] = field(default_factory=lambda: {"train": 2000, "validation": 200, "test": 500})
     choices_per_prompt: int = 2
-    noise: float = 0.4
+    quality: dict[str, float] = field(default_factory=lambda: {"wrong": 1.5, "defect": 1.5, "blur": 2.0})
+    noise: float = 0.3
     tie: float = 0.1
     sampler: Sampler = field(default_factory=lambda: Sampler(num_inference_steps=16, guidance_scale=2.0, batch_size=50))
     few_steps: int = 5

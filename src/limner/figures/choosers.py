@@ -6,7 +6,7 @@ Luce's axiom: of two pictures the better one is preferred with probability sigmo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,18 @@ from limner.scorers.choices import pairs
 from limner.scorers.losses import bradley_terry
 
 Array = NDArray[np.float64]
-WRONG, DEFECT, BLUR = 3.0, 1.5, 1.0  # what a caption wholly missed, a sure defect and a picture without any edge cost
+FAULTS = ("wrong", "defect", "blur")  # shares in [0, 1]: claimed attributes that are wrong, chance of a defect, sharpness lost
 
 
-def quality(wrong: Any, defect: Any, blur: Any) -> Array:
-    """Hidden quality, 0 or less, of shares in [0, 1]: claimed attributes that are wrong, chance of a defect, sharpness lost."""
-    return -(WRONG * np.asarray(wrong) + DEFECT * np.asarray(defect) + BLUR * np.asarray(blur))
+def quality(pictures: Sequence[Mapping[str, Any]], costs: Mapping[str, float]) -> Array:
+    """Hidden quality (K,), 0 or less, of pictures whose `FAULTS` are known.
+
+    Raises:
+        ValueError: a cost that is missing or of no known fault.
+    """
+    if set(costs) != set(FAULTS):
+        raise ValueError(f"quality: costs of {', '.join(costs)}; expected {', '.join(FAULTS)}")
+    return -np.array([sum(costs[f] * p[f] for f in FAULTS) for p in pictures])
 
 
 def utilities(hidden: Array, noise: float, rng: np.random.Generator) -> Array:

@@ -57,7 +57,13 @@ def make_choices(config: Hps, split: str) -> None:
     """Let raters choose among two to four pictures of each caption."""
     images = Path(config.output_dir) / "images" / split
     folder = Path(config.output_dir) / "choices" / split
-    decides = {"seed": config.seed, "noise": config.noise, "tie": config.tie, "choices_per_prompt": config.choices_per_prompt}
+    decides = {
+        "seed": config.seed,
+        "quality": config.quality,
+        "noise": config.noise,
+        "tie": config.tie,
+        "choices_per_prompt": config.choices_per_prompt,
+    }
     step = open_step(folder, "choices", decides, {"images": input_hash(images)})
     if is_complete(folder):
         return
@@ -71,7 +77,7 @@ def make_choices(config: Hps, split: str) -> None:
             rng = np.random.default_rng(seeds.seed_of(config.seed, "raters", prompt_id, n))
             count = int(rng.integers(2, min(4, len(candidates)) + 1))
             chosen = [candidates[i] for i in rng.choice(len(candidates), count, replace=False)]
-            hidden = quality(*([c[name] for c in chosen] for name in ("wrong", "defect", "blur")))
+            hidden = quality(chosen, config.quality)
             rows.append(
                 Choice(
                     id=f"{prompt_id}/{n}", prompt_id=prompt_id, text=chosen[0]["text"], kind="choice",

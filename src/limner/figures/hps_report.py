@@ -46,7 +46,7 @@ def report(config: Hps, tower: Path, trained: Mapping[str, Path]) -> dict[str, A
         for name, found in scores["test"].items()
     }
     candidates = {c["file"]: c for c in read_candidates(config, "test")}
-    hidden = [quality(*([candidates[f][n] for f in row.files] for n in ("wrong", "defect", "blur"))) for row in rows["test"]]
+    hidden = [quality([candidates[f] for f in row.files], config.quality) for row in rows["test"]]
     result["ceilings"] = ceilings(rows["test"], hidden, config.noise, **how)
     judged = {name: judge(rows["test"], found) for name, found in scores["test"].items()}
     result["gains"] = {
