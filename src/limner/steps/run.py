@@ -108,7 +108,7 @@ def load_model(recipe: Recipe, source: str = "") -> Pipeline:
 
 def load_scorer(name: str, spec: ScorerSpec) -> Scorer:
     """A scorer that a recipe names."""
-    from limner.scorers import backends, blip, clip, dual, judge
+    from limner.scorers import backends, blip, clip, dual, hpsv3, judge
 
     if spec.kind == "judge":
         return judge.JudgeScorer(name, backends.load_backend(f"scorers.{name}", spec.path, spec.model), spec.template)
@@ -118,6 +118,8 @@ def load_scorer(name: str, spec: ScorerSpec) -> Scorer:
     tower, tokenizer = (resolve(p, name) if p else None for p in (spec.tower, spec.tokenizer))
     if spec.kind in blip.REWARDS:
         return blip.load_scorer(path, name, spec.kind, tokenizer=tokenizer)
+    if spec.kind == "hps_v3":
+        return hpsv3.load_scorer(path, name, tower=tower, tokenizer=tokenizer)
     return clip.load_scorer(path, name, spec.kind, tower=tower, tokenizer=tokenizer, activation=spec.activation or None)
 
 
