@@ -230,6 +230,7 @@ class Stage:
         winner: where the better image comes from (for loss sft: the only one).
         loser: where the worse one comes from; none for loss sft.
         keep: winner_not_worse drops pairs whose winner scores below the loser (HG-DPO eq. 8).
+        wins_on: scorers: drops pairs whose winner is not at least as good on all of them and better on one (Pareto dominance).
         learn: loss, strength, optimiser, adapter.
     """
 
@@ -237,6 +238,7 @@ class Stage:
     winner: Source = field(default_factory=Source)
     loser: Source | None = None
     keep: Literal["all", "winner_not_worse"] = "all"
+    wins_on: list[str] = field(default_factory=list)
     learn: Learn = field(default_factory=Learn)
 
 
@@ -447,6 +449,9 @@ def check(recipe: Recipe) -> None:
                 _check_source(f"{at}.{role}", source, recipe, earlier)
         if stage.keep == "winner_not_worse" and not any(s.by for s in (stage.winner, stage.loser) if s):
             raise ValueError(f"{at}.keep: winner_not_worse needs a scorer: set {at}.winner.by")
+        for scorer in stage.wins_on:
+            if scorer not in recipe.scorers:
+                raise ValueError(f"{at}.wins_on: no scorer {scorer!r} under scorers ({', '.join(recipe.scorers) or 'none'})")
         earlier.append(name)
     for key in ("preference", "judge", "reader"):
         if (scorer := getattr(recipe.evaluate, key)) and scorer not in recipe.scorers:

@@ -78,7 +78,6 @@ def _row(image: Image, scorer: Scorer, value: float | str) -> Score:
 def make_scores(images_folder: Path, folder: Path, scorers: Sequence[Scorer], batch_size: int = 64, part: tuple[int, int] = (0, 1)) -> None:
     """Score every image of a step's folder; shards follow the images' shards."""
     config = {"scorers": {s.name: describe(s) for s in scorers}, "batch_size": batch_size}
-    keep_answers(scorers, folder)
     step = open_step(folder, "scores", config, {"images": input_hash(images_folder)})
     tasks = shards(images_folder)
 

@@ -59,8 +59,11 @@ class Run:
     @cached_property
     def scorers(self) -> dict[str, Scorer]:
         """The recipe's scorers (readers are not scorers)."""
+        from limner.scorers.steps import keep_answers
+
         found = {n: load_scorer(n, s) for n, s in self.recipe.scorers.items() if s.kind != "reader"}
         to_device(list(found.values()), self.recipe.model.device)
+        keep_answers(list(found.values()), self.out / "answers")
         return found
 
     @property
