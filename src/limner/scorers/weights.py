@@ -14,6 +14,26 @@ from torch import Tensor
 SHOWN = 4  # mismatched keys of a sort that a message lists
 
 
+def from_hub(address: str, where: str) -> Path:
+    """What `hub:owner/name`, `hub:owner/name@revision` or `hub:owner/name/file` names, fetched from the model hub: only if so asked.
+
+    Raises:
+        ValueError: not of that form; not there; no network.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    found = re.fullmatch(r"hub:([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?(?:/(.+))?", address)
+    if not found:
+        raise ValueError(f"{where}: {address}; expected hub:owner/name, with @revision or /file behind it")
+    repository, revision, file = found.groups()
+    try:
+        if file:
+            return Path(hf_hub_download(repository, file, revision=revision))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+    except Exception as error:  # the client's own kinds, and those of its HTTP library
+        raise ValueError(f"{where}: {address} cannot be fetched ({type(error).__name__}: {str(error).splitlines()[0][:200]})") from error
+
+
 def read_weights(path: Path, where: str, *, as_stored: bool = False) -> dict[str, Tensor]:
     """A checkpoint's tensors, in float32 on the CPU, out of its nesting (`state_dict`) and without `module.` before the names.
 

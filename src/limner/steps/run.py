@@ -90,7 +90,11 @@ class Run:
 
 
 def resolve(path: str, name: str) -> Path:
-    """A path of a recipe: `figures` is the embedded world's part of that name, `figures/<part>` another part."""
+    """A path of a recipe: `figures` is the embedded world's part of that name, `figures/<part>` another part; hub:owner/name is fetched."""
+    if path.startswith("hub:"):
+        from limner.scorers.weights import from_hub
+
+        return from_hub(path, name)
     if path == FIGURES or path.startswith(FIGURES + "/"):
         from limner.figures.assets import find
 
