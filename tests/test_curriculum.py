@@ -192,3 +192,20 @@ def test_nothing_kept_lists_the_reasons_each_time(folders: dict[str, Path], tmp_
     assert not list((tmp_path / "out").glob("*.parquet"))
     with pytest.raises(ValueError, match="is not complete"):
         input_hash(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("winner", "loser", "why"),
+    [
+        ((0.9, 5.0), (0.2, 4.0), "kept"),
+        ((0.9, 5.0), (0.2, 5.0), "kept"),
+        ((0.9, 4.0), (0.2, 5.0), "winner does not win on all"),
+        ((0.9, None), (0.2, 5.0), "no score by other"),
+        ((0.9, 4.0), (0.2, None), "no score by other"),
+    ],
+)
+def test_winners_that_win_on_all(winner: tuple[float, float | None], loser: tuple[float, float | None], why: str) -> None:
+    c = candidates({"a": [winner[0], loser[0]]})
+    c.scores.update({("other", f"a/{k}"): v for k, v in enumerate((winner[1], loser[1])) if v is not None})
+    _, counts = build_stage(Stage(winner=BEST, loser=WORST, wins_on=["s", "other"]), c, ["a"])
+    assert dict(counts) == {why: 1}

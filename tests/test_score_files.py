@@ -16,11 +16,13 @@ from PIL import Image as Picture
 
 from chain import clip_scorer, photo_folder
 from limner.cli import main
+from limner.config import ScorerSpec
 from limner.images import decode, to_tensor
 from limner.inputs import iter_images
 from limner.records import Image, Score
 from limner.scorers import clip, files, steps
 from limner.steps.direct import parse_scorer
+from limner.steps.run import load_scorer
 from limner.store import read_rows, sha256
 
 
@@ -200,6 +202,7 @@ def test_bad_commands(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     says("--scorers mine: no option color; known: activation, ", *images, "--scorers", "mine=y,color=red")
     says("--scorers weights/x.pt: expected NAME=WEIGHTS[,kind=KIND]", *images, "--scorers", "weights/x.pt")
     says("--scorers mine: given twice", *images, *mine, f"mine={weights},kind=clip")
+    says("no recipe none.yaml", "none.yaml", "--scorers.mine.path", "x")  # a value of a recipe, not the option
     says("--batch_size: 0; expected at least 1", *images, *mine, "--batch_size", "0")
     says("there is no file none.pt", *images, "--scorers", "hps_v1=none.pt")
     says(f"{tmp_path / 'nothing'}: no such file or folder", "--images", str(tmp_path / "nothing"), "--output_dir", "o", *mine)
@@ -230,6 +233,35 @@ def test_combined_scores(weights: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "weights: no score 'his'; there are mine, clip_cosine" in capsys.readouterr().err
     assert score(weights, tmp_path / "x.parquet", tmp_path / "out", "--combine", "mine") == 2
     assert "--combine mine: expected NAME=WEIGHT" in capsys.readouterr().err
+
+
+def test_weights_from_a_hub_only_if_asked(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client is called with what the address says, and not at all for a path."""
+    import huggingface_hub
+
+    calls: list[tuple[object, ...]] = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, revision, allow_patterns: (calls.append((name, revision)), weights)[1]
+    )
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda name, file, revision: calls.append((name, file, revision)) or tmp_path / "x.pt"
+    )
+    scorer = load_scorer("mine", ScorerSpec(kind="clip", path="hub:owner/model_1@v2"))
+    assert scorer.revision == load_scorer("mine", ScorerSpec(kind="clip", path=str(weights))).revision and calls == [
+        ("owner/model_1", "v2")
+    ]
+    with pytest.raises(ValueError, match=r"there is no file .*x\.pt"):
+        load_scorer("mine", ScorerSpec(kind="hps_v2", path="hub:owner/model/deep/x.pt"))
+    assert calls[1:] == [("owner/model", "deep/x.pt", None)]
+    with pytest.raises(ValueError, match=r"hub:model; expected hub:owner/name, with @revision or /file behind it"):
+        load_scorer("mine", ScorerSpec(kind="hps_v2", path="hub:model"))
+
+    def away(name: str, revision: str | None, allow_patterns: list[str]) -> Path:
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", away)
+    with pytest.raises(ValueError, match=r"mine: hub:owner/model cannot be fetched \(ConnectionError: no route\)"):
+        load_scorer("mine", ScorerSpec(kind="clip", path="hub:owner/model"))
 
 
 def test_other_images_in_the_folder_of_scores(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,6 +127,7 @@ def test_bad_requests(client: TestClient, light: Brightness) -> None:
     )
     says(413, "5 images; the service takes at most 4", json=body(1, 2, 3, 4, 5))
     says(413, "larger than 20000 bytes", content=b"x" * 20_001, headers={"Content-Type": "application/json"})
+    says(400, "a form needs a Content-Length", content=iter([b"x"]), headers={"Content-Type": "multipart/form-data; boundary=x"})
     files = [("image", ("a.png", png(), "image/png"))] * 3
     says(400, "3 files `image` but 2 fields `prompt`", files=files, data={"prompt": ["a", "b"]})
     says(400, "no images", data={"prompt": "a"}, files=[("other", ("a.png", png(), "image/png"))])

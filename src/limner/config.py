@@ -104,7 +104,7 @@ class Pool:
 
 ScorerKind = Literal[
     "clip", "dual", "reader", "clip_cosine", "clip_score", "clip_score_w", "hps_v1", "hps_v2", "hps_v2_1", "pickscore", "aesthetic_v1",
-    "aesthetic_v2", "clip_iqa_quality", "clip_iqa_sharpness", "image_reward", "cycle_reward", "judge",
+    "aesthetic_v2", "clip_iqa_quality", "clip_iqa_sharpness", "image_reward", "cycle_reward", "hps_v3", "judge",
 ]  # fmt: skip
 
 
@@ -115,9 +115,11 @@ class ScorerSpec:
     Args:
         kind: clip (a transformers CLIPModel folder), dual (a `limner scorer` folder), reader, or a published score: clip_cosine, clip_score
             (100 · cosine, at least 0), clip_score_w (2.5 · cosine, at least 0), hps_v1, hps_v2, hps_v2_1, pickscore, aesthetic_v1,
-            aesthetic_v2, clip_iqa_quality, clip_iqa_sharpness, image_reward, cycle_reward; or judge (a vision-language model).
+            aesthetic_v2, clip_iqa_quality, clip_iqa_sharpness, image_reward, cycle_reward, hps_v3; or judge (a vision-language
+            model).
         path: a folder, or figures/<name> for an embedded one; of a published score the file or CLIPModel folder of its weights.
-        tower: of the aesthetic scores: OpenAI's CLIP ViT-L/14, a folder or file, under the head in `path`.
+        tower: of the aesthetic scores: OpenAI's CLIP ViT-L/14, a folder or file, under the head in `path`; of hps_v3: the folder of
+            Qwen2-VL-7B-Instruct.
         tokenizer: folder of the tokenizer of a single file ("" = beside it).
         activation: of a single file for clip_cosine or clip_score: quick_gelu if its weights descend from OpenAI's, gelu if from LAION's.
         model: of a judge whose `path` is the address of an endpoint (http://...): as that calls it.
@@ -228,6 +230,7 @@ class Stage:
         winner: where the better image comes from (for loss sft: the only one).
         loser: where the worse one comes from; none for loss sft.
         keep: winner_not_worse drops pairs whose winner scores below the loser (HG-DPO eq. 8).
+        wins_on: scorers: drops pairs whose winner is not at least as good on all of them and better on one (Pareto dominance).
         learn: loss, strength, optimiser, adapter.
     """
 
@@ -235,6 +238,7 @@ class Stage:
     winner: Source = field(default_factory=Source)
     loser: Source | None = None
     keep: Literal["all", "winner_not_worse"] = "all"
+    wins_on: list[str] = field(default_factory=list)
     learn: Learn = field(default_factory=Learn)
 
 
@@ -445,6 +449,9 @@ def check(recipe: Recipe) -> None:
                 _check_source(f"{at}.{role}", source, recipe, earlier)
         if stage.keep == "winner_not_worse" and not any(s.by for s in (stage.winner, stage.loser) if s):
             raise ValueError(f"{at}.keep: winner_not_worse needs a scorer: set {at}.winner.by")
+        for scorer in stage.wins_on:
+            if scorer not in recipe.scorers:
+                raise ValueError(f"{at}.wins_on: no scorer {scorer!r} under scorers ({', '.join(recipe.scorers) or 'none'})")
         earlier.append(name)
     for key in ("preference", "judge", "reader"):
         if (scorer := getattr(recipe.evaluate, key)) and scorer not in recipe.scorers:

@@ -101,7 +101,9 @@ def plan(run: Run, counts: Counts) -> list[Line]:
 
 def choosing(recipe: Recipe) -> list[str]:
     """The scorers that stages choose by."""
-    return list(dict.fromkeys(r.by for s in recipe.stages.values() for r in (s.winner, s.loser) if r and r.by))
+    from limner.steps.make import choosing
+
+    return choosing(recipe)
 
 
 def check_inputs(run: Run) -> tuple[Counts, Prompt]:

@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import zlib
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+T = TypeVar("T")
+R = TypeVar("R")
+
+THREADS = 8  # that decode and resize at most
 GAP = 2  # pixels between the tiles of a grid
 LABEL = 13  # pixels of a label's line
 
@@ -56,6 +62,14 @@ def decode(data: bytes, where: str = "image") -> Image.Image:
             return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # on damaged bytes Pillow's readers raise a dozen types
         raise _unreadable(where, error) from error
+
+
+def in_threads(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """Work on every item, results in order: Pillow decodes and resizes without the interpreter's lock, so that all cores help."""
+    if len(items) < 2:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(min(len(items), os.cpu_count() or 1, THREADS)) as pool:
+        return list(pool.map(work, items))
 
 
 def image_size(data: bytes, where: str = "image") -> tuple[int, int]:

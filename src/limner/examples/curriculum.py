@@ -13,6 +13,7 @@ import pyarrow as pa
 from limner.config import Source, Stage
 from limner.engine import Progress, run_shards
 from limner.records import Example, Image, Prompt, Score, to_table
+from limner.scorers.combine import dominates
 from limner.store import input_hash, is_complete, open_step, read_manifest, read_rows, read_table, shards
 
 
@@ -88,7 +89,8 @@ def build_stage(stage: Stage, candidates: Candidates, prompt_ids: Sequence[str])
     """Examples of a stage for the prompts, and how many groups were kept or dropped and why.
 
     A pair is dropped when a role has no image, when both roles are the same image, when the scores tie in an easy pair, or by
-    the stage's `keep` rule: `winner_not_worse` keeps a pair whose winner scores at least as high as its loser (eq. 8).
+    the stage's `keep` rule: `winner_not_worse` keeps a pair whose winner scores at least as high as its loser (eq. 8); by `wins_on`, whose
+    scorers must all find the winner at least as good, and one better.
     """
     counts: Counter[str] = Counter()
     examples: list[Example] = []
@@ -115,11 +117,18 @@ def _refusal(stage: Stage, winner: Example | str, loser: Example | str | None, c
     if winner.source == loser.source and winner.score is not None and winner.score == loser.score:
         return "winner and loser score the same"
     if stage.keep == "winner_not_worse":
-        a, b = (candidates.scores.get((by, e.image_id)) for e in (winner, loser))
-        if a is None or b is None:
+        first, second = (candidates.scores.get((by, e.image_id)) for e in (winner, loser))
+        if first is None or second is None:
             return f"no score by {by}"
-        if a < b:
+        if first < second:
             return "winner scores below loser"
+    if stage.wins_on:
+        known = candidates.scores
+        for name in stage.wins_on:
+            if (name, winner.image_id) not in known or (name, loser.image_id) not in known:
+                return f"no score by {name}"
+        if not dominates(*([known[n, e.image_id] for n in stage.wins_on] for e in (winner, loser))):
+            return "winner does not win on all"
     return ""
 
 
@@ -133,7 +142,8 @@ def make_examples(
     """
     inputs = {k: input_hash(v) for k, v in {"prompts": prompts, **sources, **{f"stage {k}": v for k, v in stages.items()}}.items()}
     inputs |= {f"scores {p.name}": input_hash(p) for p in scores}
-    rule = {"winner": asdict(stage.winner), "loser": asdict(stage.loser) if stage.loser else None, "keep": stage.keep}
+    rule: dict[str, object] = {"winner": asdict(stage.winner), "loser": asdict(stage.loser) if stage.loser else None, "keep": stage.keep}
+    rule |= {"wins_on": stage.wins_on} if stage.wins_on else {}
     step = open_step(folder, "examples", rule, inputs)
 
     if is_complete(folder):

@@ -95,7 +95,7 @@ class Journal:
     def keep(self, question: Question, answer: Answer) -> None:
         with self._lock:
             self.answers[question.key] = answer
-            if self.path is not None:
+            if self.path is not None and (answer.text or answer.first or not answer.problem):  # what was refused may be asked again
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a") as f:
                     f.write(json.dumps({"key": question.key, "model": self.model, **asdict(answer)}, ensure_ascii=False) + "\n")

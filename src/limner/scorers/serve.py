@@ -216,6 +216,8 @@ async def read_items(request: Request, max_bytes: int, limit: int) -> list[Item]
                 raise TooLarge(f"the body is larger than {max_bytes} bytes")
         pairs = read_json(body)
     elif kind == "multipart/form-data":
+        if "content-length" not in request.headers:
+            raise ValueError("a form needs a Content-Length")
         pairs = await read_form(request, limit, max_bytes)
     else:
         raise ValueError(f"content type {kind or 'missing'}; expected application/json or multipart/form-data")

@@ -11,7 +11,7 @@ import PIL.Image
 import pyarrow as pa
 
 from limner.engine import Progress, run_shards
-from limner.images import decode, to_tensor
+from limner.images import decode, in_threads, to_tensor
 from limner.records import Image, Score, from_table, to_table
 from limner.scorers.protocol import PictureScorer, Scorer, describe
 from limner.store import input_hash, open_step, read_table, shards
@@ -28,17 +28,12 @@ def score_images(
     values: dict[tuple[int, str], float | str] = {}
     for start in range(0, len(images), batch_size):
         rows = range(start, min(start + batch_size, len(images)))
-        pictures: dict[int, PIL.Image.Image | None] = {}
-        for i in rows:
-            try:
-                pictures[i] = decode(images[i].image, "the image") if images[i].image else None
-            except ValueError as error:
-                values |= {(i, s.name): str(error) for s in scorers}
+        pictures = dict(zip(rows, in_threads(_decoded, [images[i].image for i in rows])))
         for scorer in scorers:
-            asked = []
+            asked: list[tuple[int, PIL.Image.Image]] = []
             for i, picture in pictures.items():
-                if picture is None:
-                    values[i, scorer.name] = "there is no image"
+                if isinstance(picture, str):
+                    values[i, scorer.name] = picture
                 elif not images[i].text.strip() and scorer.needs_prompt:
                     values[i, scorer.name] = "there is no prompt"
                 else:
@@ -47,6 +42,14 @@ def score_images(
             values |= {(i, scorer.name): value for (i, _), value in zip(asked, found)}
         progress(len(rows))
     return [_row(image, scorer, values[i, scorer.name]) for i, image in enumerate(images) for scorer in scorers]
+
+
+def _decoded(data: bytes) -> PIL.Image.Image | str:
+    """An image, or why there is none."""
+    try:
+        return decode(data, "the image") if data else "there is no image"
+    except ValueError as error:
+        return str(error)
 
 
 def keep_answers(scorers: Sequence[Scorer], folder: Path) -> None:
@@ -78,7 +81,6 @@ def _row(image: Image, scorer: Scorer, value: float | str) -> Score:
 def make_scores(images_folder: Path, folder: Path, scorers: Sequence[Scorer], batch_size: int = 64, part: tuple[int, int] = (0, 1)) -> None:
     """Score every image of a step's folder; shards follow the images' shards."""
     config = {"scorers": {s.name: describe(s) for s in scorers}, "batch_size": batch_size}
-    keep_answers(scorers, folder)
     step = open_step(folder, "scores", config, {"images": input_hash(images_folder)})
     tasks = shards(images_folder)
 

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from limner.images import resize_tensor, to_uint8
+from limner.images import in_threads, resize_tensor, to_uint8
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CACHED_TEXTS = 50_000  # of 4 KB at most
@@ -142,12 +142,12 @@ def preprocess(images: Tensor, size: int, crop: Crop, differentiable: bool = Fal
 
 def preprocess_pictures(pictures: Sequence[Image.Image], size: int, crop: Crop) -> Tensor:
     """The same of RGB pictures, whose sizes may differ."""
-    out = []
-    for picture in pictures:
+
+    def resized(picture: Image.Image) -> np.ndarray:
         width, height, left, top = _place(*picture.size, size, crop)
-        resized = picture.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-        out.append(np.asarray(resized))
-    return _normalise(torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).float() / 255)
+        return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size)))
+
+    return _normalise(torch.from_numpy(np.stack(in_threads(resized, pictures))).permute(0, 3, 1, 2).float() / 255)
 
 
 def _normalise(x: Tensor) -> Tensor:

@@ -14,12 +14,33 @@ from torch import Tensor
 SHOWN = 4  # mismatched keys of a sort that a message lists
 
 
-def read_weights(path: Path, where: str) -> dict[str, Tensor]:
+def from_hub(address: str, where: str) -> Path:
+    """What `hub:owner/name`, `hub:owner/name@revision` or `hub:owner/name/file` names, fetched from the model hub: only if so asked.
+
+    Raises:
+        ValueError: not of that form; not there; no network.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    found = re.fullmatch(r"hub:([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?(?:/(.+))?", address)
+    if not found:
+        raise ValueError(f"{where}: {address}; expected hub:owner/name, with @revision or /file behind it")
+    repository, revision, file = found.groups()
+    try:
+        if file:
+            return Path(hf_hub_download(repository, file, revision=revision))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+    except Exception as error:  # the client's own kinds, and those of its HTTP library
+        raise ValueError(f"{where}: {address} cannot be fetched ({type(error).__name__}: {str(error).splitlines()[0][:200]})") from error
+
+
+def read_weights(path: Path, where: str, *, as_stored: bool = False) -> dict[str, Tensor]:
     """A checkpoint's tensors, in float32 on the CPU, out of its nesting (`state_dict`) and without `module.` before the names.
 
     Args:
         path: .safetensors, or a file of torch.save, which is read as weights only.
         where: what errors begin with, such as scorers.mine.path.
+        as_stored: of its own type instead of float32: for weights that would not fit.
 
     Raises:
         ValueError: there is no such file; it is corrupt; it holds objects that would run code; it holds no tensors.
@@ -30,7 +51,7 @@ def read_weights(path: Path, where: str) -> dict[str, Tensor]:
         found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on damaged bytes the unpickler raises a dozen types
         raise ValueError(f"{where}: {path} {_unreadable(error)}") from error
-    return tensors_of(found, f"{where}: {path}")
+    return tensors_of(found, f"{where}: {path}", as_stored=as_stored)
 
 
 def _unreadable(error: Exception) -> str:
@@ -49,7 +70,7 @@ def _unreadable(error: Exception) -> str:
     return f"cannot be read as weights; is it corrupt, or a download cut off? ({type(error).__name__}: {text.splitlines()[0][:200]})"
 
 
-def tensors_of(found: Any, where: str) -> dict[str, Tensor]:
+def tensors_of(found: Any, where: str, *, as_stored: bool = False) -> dict[str, Tensor]:
     """The tensors of what a file held: see `read_weights`.
 
     Raises:
@@ -61,7 +82,7 @@ def tensors_of(found: Any, where: str) -> dict[str, Tensor]:
     tensors = {str(k).removeprefix("module."): v for k, v in pairs if isinstance(v, Tensor)}
     if not tensors:
         raise ValueError(f"{where} holds no tensors by name; expected a state_dict")
-    return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    return {k: v if as_stored or not v.is_floating_point() else v.float() for k, v in tensors.items()}
 
 
 def compare(weights: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: str) -> None:

@@ -10,6 +10,7 @@ from limner.steps.run import Run, resolve
 from limner.store import is_complete, open_step, read_manifest
 
 if TYPE_CHECKING:
+    from limner.config import Recipe
     from limner.records import Image
 
 
@@ -98,11 +99,17 @@ def _sources(run: Run) -> dict[str, Path]:
     return found | ({"reconstruction": run.out / "reconstruct"} if run.timesteps else {})
 
 
+def choosing(recipe: Recipe) -> list[str]:
+    """The scorers that stages choose by."""
+    stages = recipe.stages.values()
+    return list(dict.fromkeys(n for s in stages for n in (*(r.by for r in (s.winner, s.loser) if r and r.by), *s.wins_on)))
+
+
 def score(run: Run) -> None:
     """Score pool and reconstructions with the scorers that stages choose by."""
     from limner.scorers.steps import make_scores
 
-    names = list(dict.fromkeys(r.by for s in run.recipe.stages.values() for r in (s.winner, s.loser) if r and r.by))
+    names = choosing(run.recipe)
     for source, folder in _sources(run).items():
         if names:
             make_scores(folder, run.out / "scores" / source, [run.scorers[n] for n in names], part=run.part)
@@ -114,7 +121,7 @@ def examples(run: Run, name: str) -> None:
 
     stage, folder = run.recipe.stages[name], run.out / "examples" / name
     earlier = {r.source for r in (stage.winner, stage.loser) if r and r.source in run.recipe.stages}
-    by = any(r.by for r in (stage.winner, stage.loser) if r)
+    by = any(r.by for r in (stage.winner, stage.loser) if r) or stage.wins_on
     scores = [p for s in _sources(run) if is_complete(p := run.out / "scores" / s)] if by else []
     used = {r.source for r in (stage.winner, stage.loser) if r}
     sources = {k: v for k, v in _sources(run).items() if k in used}

@@ -59,8 +59,11 @@ class Run:
     @cached_property
     def scorers(self) -> dict[str, Scorer]:
         """The recipe's scorers (readers are not scorers)."""
+        from limner.scorers.steps import keep_answers
+
         found = {n: load_scorer(n, s) for n, s in self.recipe.scorers.items() if s.kind != "reader"}
         to_device(list(found.values()), self.recipe.model.device)
+        keep_answers(list(found.values()), self.out / "answers")
         return found
 
     @property
@@ -87,7 +90,11 @@ class Run:
 
 
 def resolve(path: str, name: str) -> Path:
-    """A path of a recipe: `figures` is the embedded world's part of that name, `figures/<part>` another part."""
+    """A path of a recipe: `figures` is the embedded world's part of that name, `figures/<part>` another part; hub:owner/name is fetched."""
+    if path.startswith("hub:"):
+        from limner.scorers.weights import from_hub
+
+        return from_hub(path, name)
     if path == FIGURES or path.startswith(FIGURES + "/"):
         from limner.figures.assets import find
 
@@ -108,7 +115,7 @@ def load_model(recipe: Recipe, source: str = "") -> Pipeline:
 
 def load_scorer(name: str, spec: ScorerSpec) -> Scorer:
     """A scorer that a recipe names."""
-    from limner.scorers import backends, blip, clip, dual, judge
+    from limner.scorers import backends, blip, clip, dual, hpsv3, judge
 
     if spec.kind == "judge":
         return judge.JudgeScorer(name, backends.load_backend(f"scorers.{name}", spec.path, spec.model), spec.template)
@@ -118,6 +125,8 @@ def load_scorer(name: str, spec: ScorerSpec) -> Scorer:
     tower, tokenizer = (resolve(p, name) if p else None for p in (spec.tower, spec.tokenizer))
     if spec.kind in blip.REWARDS:
         return blip.load_scorer(path, name, spec.kind, tokenizer=tokenizer)
+    if spec.kind == "hps_v3":
+        return hpsv3.load_scorer(path, name, tower=tower, tokenizer=tokenizer)
     return clip.load_scorer(path, name, spec.kind, tower=tower, tokenizer=tokenizer, activation=spec.activation or None)
 
 
