@@ -13,7 +13,7 @@ pytest.importorskip("sqlmodel", reason="needs the extra `annotate`")
 from sqlalchemy import select
 
 import study as s
-from limner.feedback import accounts, answers, assign, exports, progress, server
+from limner.feedback import accounts, answers, exports, fill, progress, server
 from limner.feedback.database import Answer, Draft, Slot, open_database, reading, writing
 from limner.feedback.exchange import read_rows
 from limner.feedback.guard import Bucket, allow
@@ -321,7 +321,7 @@ def test_only_this_machine_unless_told(site) -> None:
 
 def test_another_study_in_the_same_database_is_refused(site) -> None:
     study, database = site
-    assert assign.set_up(study, database) == {}
+    assert fill.set_up(study, database) == {}
     changed = load_study(Path(study.output_dir).parent / "study.yaml", ["--overlap", "3"])
     with pytest.raises(ValueError, match="overlap: was 2, now 3"):
         server.prepare(changed)

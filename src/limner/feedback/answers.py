@@ -13,7 +13,7 @@ from sqlalchemy import func, or_, select
 from sqlmodel import Session, col
 
 from limner import records
-from limner.feedback import accounts, assign, checks, payloads
+from limner.feedback import accounts, assign, checks, fill, payloads
 from limner.feedback.database import Answer, Database, Item, Picture, Rater, Slot, reading, writing
 from limner.feedback.display import image_file
 from limner.feedback.study import Study
@@ -111,7 +111,7 @@ def history(database: Database) -> Iterator[dict[str, Any]]:
 
 def images(study: Study, database: Database) -> Iterator[records.Image]:
     """The study's images as they are shown, with their prompts; each once, in the order of the items."""
-    folder = assign.images_folder(study)
+    folder = fill.images_folder(study)
     with reading(database) as session:
         pictures = {p.token: p for p in session.execute(select(Picture)).scalars()}
         items = list(session.execute(select(Item).order_by(col(Item.position))).scalars())

@@ -25,8 +25,9 @@ from starlette.exceptions import HTTPException as StarletteError
 
 from limner.feedback import accounts
 from limner.feedback.accounts import Person
-from limner.feedback.assign import Conflict, set_up
+from limner.feedback.assign import Conflict
 from limner.feedback.database import Database, open_database
+from limner.feedback.fill import set_up
 from limner.feedback.guard import Bucket, allow, guard
 from limner.feedback.study import Study, guidelines
 
