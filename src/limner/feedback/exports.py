@@ -12,9 +12,10 @@ from limner.feedback import answers, exchange, richhf
 from limner.feedback.consolidate import agreement, consolidate, side_answers, side_by_side
 from limner.feedback.database import Database
 from limner.feedback.preferences import write_preferences
+from limner.feedback.progress import answer_table
 from limner.feedback.study import Study, identity
 from limner.records import Feedback, to_table
-from limner.statistics import Interval
+from limner.statistics import Interval, krippendorff
 from limner.store import open_step, read_table, write_atomic
 
 FORMATS = {
@@ -80,6 +81,9 @@ def consolidate_study(study: Study, database: Database, ties_misaligned: bool = 
         raise ValueError(f"{study.name}: no answers to consolidate yet")
     made_of = {"study": identity(study), "ties_misaligned": ties_misaligned}
     report: dict[str, Any] = {"task": study.task, "answers": len(rows), "agreement": _plain(agreement(rows, study.seed))}
+    if study.task != "rich":
+        alpha = krippendorff(answer_table(rows, study.task), "interval" if study.task == "side" else "nominal")
+        report["agreement"][study.task] = {"alpha": _plain(alpha)}
     tables = {"feedback": to_table(Feedback, rows)}
     if study.task == "rich":
         found, said = consolidate(rows, answers.images(study, database), ties_misaligned=ties_misaligned)
