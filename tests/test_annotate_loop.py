@@ -134,3 +134,39 @@ def test_qualities_by_hand() -> None:
     expected = {"plausibility": 0.7 * np.exp(-0.75), "alignment": 0.75**3, "aesthetics": 0.6 * 0.8}
     expected["overall"] = 0.4 * expected["plausibility"] + 0.35 * expected["alignment"] + 0.25 * expected["aesthetics"]
     assert wrong == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("task", ["choice", "side"])
+def test_simulated_raters_prefer_what_is_better(task: str, tmp_path: Path) -> None:
+    """The mean of three raters follows the latent quality: of two images with an answer apart, the better one usually wins."""
+    pytest.importorskip("anny", reason="the renderer needs the extra `figures`")
+    from limner.figures.raters import read_truths
+
+    images = {"from": "figures", "limit": 12, **({"against": "figures"} if task == "side" else {})}
+    values = {"output_dir": str(tmp_path / "run"), "task": task, "answer": "ranking", "images": images, "overlap": 3}
+    (tmp_path / "study.yaml").write_text(json.dumps(values))
+    assert main(["annotate", "simulate", str(tmp_path / "study.yaml")]) == 0
+    assert main(["annotate", "consolidate", str(tmp_path / "study.yaml")]) == 0
+    truths = read_truths(tmp_path / "run/figures" / ("choice" if task == "choice" else "ours"))
+    groups: dict[str, list[Score]] = {}
+    for score in read_rows(tmp_path / "run/preferences/scores", Score):
+        groups.setdefault(score.prompt_id, []).append(score)
+    assert len(groups) == 12 and {len(g) for g in groups.values()} == {4 if task == "choice" else 2}
+    right = [
+        (truths[a.image_id].qualities["overall"] > truths[b.image_id].qualities["overall"]) == ((a.score or 0) > (b.score or 0))
+        for g in groups.values()
+        for n, a in enumerate(g)
+        for b in g[n + 1 :]
+        if a.score != b.score
+    ]
+    assert np.mean(right) > 0.75
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["agreement"][task]["alpha"] > 0.2 and ("side" in report) == (task == "side")
+
+
+def test_simulate_needs_the_truth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("anny", reason="the renderer needs the extra `figures`")
+    s.image_folder(tmp_path / "images", {"a": "x", "b": "y"})
+    s.study_of(tmp_path, {"overlap": 1})
+    assert main(["annotate", "simulate", str(tmp_path / "study.yaml")]) == 2
+    assert "no truth is known of these images" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from limner.feedback.consolidate import marks_table, ratings_table, words_table
 from limner.feedback.database import Answer, Database, Draft, Item, Rater, Slot, reading
 from limner.feedback.payloads import MARKS, QUESTIONS
 from limner.records import Feedback
+from limner.seeds import seed_of
 from limner.statistics import krippendorff
 
 POINTS = 8  # of the curve of agreement
@@ -118,7 +119,10 @@ def _alphas(rows: Sequence[Feedback]) -> dict[str, float]:
 
 
 def answer_table(rows: Sequence[Feedback], kind: str) -> np.ndarray:
-    """Side answers, or the place of the best image, as (raters, items); nan where there is none (or no single best)."""
+    """Side answers, or the place of the best image, as (raters, items); nan where there is none (or no single best).
+
+    Places are numbered by lot for each item: if the best image came first in most of them, agreement by chance would look high.
+    """
     from limner.feedback.payloads import of_kind
 
     cells: dict[tuple[str, str], float] = {}
@@ -126,7 +130,8 @@ def answer_table(rows: Sequence[Feedback], kind: str) -> np.ndarray:
         if kind == "side":
             cells[row.rater, row.image_id] = payload["answer"]
         elif payload["ranks"].count(1) == 1:
-            cells[row.rater, row.image_id] = payload["ranks"].index(1)
+            best, lots = payload["images"][payload["ranks"].index(1)], [seed_of("place", i) for i in payload["images"]]
+            cells[row.rater, row.image_id] = sorted(lots).index(seed_of("place", best))
     raters, items = sorted({r for r, _ in cells}), sorted({i for _, i in cells})
     table = np.full((len(raters), len(items)), np.nan)
     for (rater, item), value in cells.items():
