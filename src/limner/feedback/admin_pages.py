@@ -16,6 +16,8 @@ from sqlmodel import col
 from limner.feedback import accounts, answers, exports, progress
 from limner.feedback.accounts import Person
 from limner.feedback.database import Answer, Item, Picture, Rater, reading
+from limner.feedback.payloads import MARKS
+from limner.feedback.richhf import tokens
 from limner.feedback.server import Site, admin, check_token, invitation, render, site_of
 
 router = APIRouter()
@@ -65,12 +67,12 @@ def _item_view(site: Site, group: list[answers.Given]) -> dict[str, Any]:
         pictures = {p.token: p for p in session.execute(select(Picture).where(col(Picture.token).in_(first.pictures))).scalars()}
     view: dict[str, Any] = {"id": first.item_id, "key": first.key, "text": first.text, "raters": len(group), "group": group}
     view["pictures"] = [pictures[t] for t in first.pictures]
-    if "points" in first.found:
-        view["marks"] = [(mark, x, y) for a in group for mark in ("artifact", "misalignment") for x, y in a.found["points"][mark]]
-        words = first.found["words"]["tokens"]
-        view["words"] = [(w, sum(i in a.found["words"]["misaligned"] for a in group)) for i, w in enumerate(words)]
-        asked = site.study.questions
-        view["ratings"] = [(q, sum(a.found["ratings"][q] for a in group) / len(group)) for q in asked]
+    if site.study.task == "rich":  # what was imported may lack a kind
+        points, words, ratings = ([a.found[kind] for a in group if kind in a.found] for kind in ("points", "words", "ratings"))
+        view["marks"] = [(mark, x, y) for p in points for mark in MARKS for x, y in p[mark]]
+        view["words"] = [(word, sum(i in w["misaligned"] for w in words)) for i, word in enumerate(tokens(first.text))]
+        rated = {q: [r[q] for r in ratings if q in r] for q in site.study.questions}
+        view["ratings"] = [(q, sum(values) / len(values)) for q, values in rated.items() if values]
     if "choice" in first.found:
         view["best"] = [sum(a.found["choice"]["ranks"][i] == 1 for a in group) for i in range(len(first.pictures))]
     if "side" in first.found:

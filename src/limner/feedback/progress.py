@@ -78,12 +78,13 @@ def agreement_with_others(answers: Sequence[Given], rater: str) -> float | None:
 
 
 def _alike(a: Given, b: Given) -> float:
-    if "ratings" in a.found:
-        one, two = a.found["ratings"], b.found["ratings"]
+    if "choice" not in a.found and "side" not in a.found:
+        one, two = a.found.get("ratings", {}), b.found.get("ratings", {})
         parts = [float(abs(one[q] - two[q]) <= 1) for q in QUESTIONS if q in one and q in two]
-        said = [set(x.found["words"]["misaligned"]) for x in (a, b)]
-        words = len(a.found["words"]["tokens"])
-        return float(np.mean([*parts, 1 - len(said[0] ^ said[1]) / words if words else 1.0]))
+        if "words" in a.found and "words" in b.found:
+            said, words = [set(x.found["words"]["misaligned"]) for x in (a, b)], len(a.found["words"]["tokens"])
+            parts.append(1 - len(said[0] ^ said[1]) / words if words else 1.0)
+        return float(np.mean(parts)) if parts else 1.0
     if "choice" in a.found:
         best = [{i for i, r in zip(x.found["choice"]["images"], x.found["choice"]["ranks"]) if r == 1} for x in (a, b)]
         return float(bool(best[0] & best[1]))
@@ -156,10 +157,10 @@ def disagreements(answers: Sequence[Given], limit: int = 12) -> list[dict[str, A
 
 
 def _spread(group: Sequence[Given]) -> float:
-    if "ratings" in group[0].found:
+    if "choice" not in group[0].found and "side" not in group[0].found:
         spreads = []
         for q in QUESTIONS:
-            values = [a.found["ratings"][q] for a in group if q in a.found["ratings"]]
+            values = [a.found["ratings"][q] for a in group if q in a.found.get("ratings", {})]
             spreads += [(max(values) - min(values)) / 4] if values else []
         return float(np.max(spreads)) if spreads else 0.0
     if "side" in group[0].found:
