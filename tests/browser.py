@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 WHY_NOT = "no Chromium on this machine (apt-get install chromium)"
 FLAGS = [
@@ -25,6 +27,10 @@ def shoot(page: Any, name: str, phone: bool = False) -> None:
     if phone:
         page.set_viewport_size({"width": 390, "height": 844})
     page.wait_for_timeout(400)
-    page.screenshot(path=Path(SHOTS) / f"{name}{'-phone' if phone else ''}.png")
+    path = Path(SHOTS) / f"{name}{'-phone' if phone else ''}.png"
+    page.screenshot(path=path)
+    with Image.open(path) as image:
+        small = image.convert("RGB").quantize(200)  # a third of the bytes
+    small.save(path, optimize=True)
     if phone:
         page.set_viewport_size(before)

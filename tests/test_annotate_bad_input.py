@@ -20,9 +20,10 @@ from PIL import Image
 import study as s
 from limner.feedback import answers, server
 from limner.feedback.display import LARGEST, image_file, store_image
+from limner.feedback.items import make_items
 from limner.feedback.rater_pages import pieces
 from limner.feedback.richhf import tokens
-from limner.feedback.study import load_study, make_items
+from limner.feedback.study import load_study
 from limner.records import Image as Row
 from limner.records import to_table
 from limner.store import open_step

@@ -13,7 +13,8 @@ pytest.importorskip("sqlmodel", reason="needs the extra `annotate`")
 from sqlalchemy import select
 
 import study as s
-from limner.feedback import accounts, answers, assign, exports, progress, server
+from limner.cli import main
+from limner.feedback import accounts, answers, exports, fill, progress, server
 from limner.feedback.database import Answer, Draft, Slot, open_database, reading, writing
 from limner.feedback.exchange import read_rows
 from limner.feedback.guard import Bucket, allow
@@ -321,9 +322,38 @@ def test_only_this_machine_unless_told(site) -> None:
 
 def test_another_study_in_the_same_database_is_refused(site) -> None:
     study, database = site
-    assert assign.set_up(study, database) == {}
+    assert fill.set_up(study, database) == {}
     changed = load_study(Path(study.output_dir).parent / "study.yaml", ["--overlap", "3"])
     with pytest.raises(ValueError, match="overlap: was 2, now 3"):
         server.prepare(changed)
     with pytest.raises(ValueError, match="cannot be opened"):
         open_database("postgresql+psycopg://nobody:secret@127.0.0.1:1/none", Path("."))
+
+
+def test_the_commands_for_files(site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Invite, answer, export, and import into another study: as rows all of it, as RichHF-18K what its format holds."""
+    study, database = site
+    a = s.sign_in(s.client(study, database), study, database, "a")
+    s.answer(a, s.rich([[0.5, 0.5]], [1], rating=2), "exported-1")
+    s.answer(a, s.rich([], [], rating=4), "exported-2")
+    database.engine.dispose()
+    config = str(tmp_path / "study.yaml")
+    assert main(["annotate", "invite", config, "--rater", "dora"]) == 0
+    assert "dora, once: http://127.0.0.1:8000/join/" in capsys.readouterr().out
+    for name in ("answers.csv", "rich.tfrecord"):
+        assert main(["annotate", "export", config, "--file", str(tmp_path / name)]) == 0
+    for name, kinds in (("answers.csv", {"points", "words", "ratings"}), ("rich.tfrecord", {"words", "ratings"})):
+        other = ["--output_dir", str(tmp_path / f"other-{name}")]
+        assert main(["annotate", "import", config, "--file", str(tmp_path / name), *other]) == 0
+        assert "imported 2" in capsys.readouterr().out
+        again = load_study(config, other)
+        opened = server.prepare(again)
+        given = answers.given(again, opened)
+        assert [set(g.found) for g in given] == [kinds, kinds]  # maps are no points: nobody said that nothing is wrong
+        assert [g.found["ratings"]["overall"] for g in given] == [2, 4] and given[0].found["words"]["misaligned"] == [1]
+        boss = s.sign_in(s.client(again, opened), again, opened, "boss", "admin")
+        for page in ("/admin", "/admin/gallery", f"/admin/items/{given[0].item_id}"):
+            assert boss.get(page).status_code == 200
+    assert main(["annotate", "export", config, "--file", str(tmp_path / "answers.txt")]) == 2
+    assert "expected .jsonl, .csv or .parquet" in capsys.readouterr().err
+    assert main(["annotate", "import", config]) == 2 and "--file: not set" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from limner.cli import main, split_overrides
 from limner.config import Recipe, dump, load_recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
-RUNS = [p for p in RECIPES if not re.search(r"limner (figures|scorer)", p.read_text().splitlines()[0])]
+RUNS = [p for p in RECIPES if not re.search(r"limner (figures|scorer|annotate)", p.read_text().splitlines()[0])]
 CLASSES = [c for c in vars(config).values() if isinstance(c, type) and is_dataclass(c)]
 
 SMALL = {

@@ -140,7 +140,8 @@ class Source:
     """Which images take a role.
 
     Args:
-        source: pool, reconstruction, real, or the name of an earlier stage. Written `from` in YAML.
+        source: pool, reconstruction, real, feedback (what raters preferred, see `feedback` of the recipe), or the name of an earlier
+            stage. Written `from` in YAML.
         pick: best or worst by score; all.
         by: a scorer's name under `scorers`.
         t: re-noising timesteps of reconstructions to choose from.
@@ -289,6 +290,7 @@ class Recipe:
     Args:
         name: of the run, for reports.
         output_dir: every step writes a folder below it.
+        feedback: output_dir of a consolidated study (`limner annotate consolidate`), for stages `from: feedback`.
         seed: all randomness follows from it.
         model: the pipeline to improve.
         data: prompts and real images.
@@ -302,6 +304,7 @@ class Recipe:
 
     name: str = ""
     output_dir: str = ""
+    feedback: str = ""
     seed: int = 0
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
@@ -475,10 +478,9 @@ def _check_learn(at: str, stage: Stage, recipe: Recipe) -> None:
 
 
 def _check_source(at: str, source: Source, recipe: Recipe, earlier: list[str]) -> None:
-    if source.source not in ("pool", "reconstruction", "real", *earlier):
-        raise ValueError(
-            f"{at}.from: {source.source!r}; expected pool, reconstruction, real or an earlier stage ({', '.join(earlier) or 'none'})"
-        )
+    if source.source not in ("pool", "reconstruction", "real", "feedback", *earlier):
+        stages = ", ".join(earlier) or "none"
+        raise ValueError(f"{at}.from: {source.source!r}; expected pool, reconstruction, real, feedback or an earlier stage ({stages})")
     if source.source == "reconstruction":
         if not source.t:
             raise ValueError(f"{at}.t: empty; name the timesteps to reconstruct from, e.g. [400, 500, 600, 700]")
@@ -487,6 +489,10 @@ def _check_source(at: str, source: Source, recipe: Recipe, earlier: list[str]) -
                 raise ValueError(f"{at}.t: {t} lies outside the schedule 1..1000")
     if source.source in earlier and not source.role:
         raise ValueError(f"{at}.role: winner or loser of stage {source.source!r}?")
+    if source.source == "feedback" and not recipe.feedback:
+        raise ValueError(f"{at}.from: feedback of which study? Set feedback: to its output_dir")
+    if source.source == "feedback" and source.by:
+        raise ValueError(f"{at}.by: {source.by}; what raters preferred is the score of from: feedback")
     scored = source.source in ("pool", "reconstruction") and not (source.source == "reconstruction" and len(source.t) == 1)
     if scored and not source.by:
         raise ValueError(f"{at}.by: not set; which scorer picks the {source.pick}?")

@@ -16,12 +16,14 @@ from limner.records import Example, Image, Prompt, Score, to_table
 from limner.scorers.combine import dominates
 from limner.store import input_hash, is_complete, open_step, read_manifest, read_rows, read_table, shards
 
+FEEDBACK = "feedback"  # the source of what raters saw, and the name of the scores that they gave
+
 
 @dataclass
 class Candidates:
     """What a stage can choose from, in memory: prompts, images by source and prompt, scores and kept latents by image id.
 
-    images: {"pool" or "reconstruction": {prompt id: images}}; scores: {(scorer, image id): score}; stages: examples of
+    images: {"pool", "reconstruction" or "feedback": {prompt id: images}}; scores: {(scorer, image id): score}; stages: examples of
     earlier stages, {stage: {(group, role): example}}.
     """
 
@@ -72,12 +74,13 @@ def pick(source: Source, prompt_id: str, candidates: Candidates, role: str) -> E
         images = [i for i in images if i.timestep in source.t]
     if not images:
         return f"no image from {source.source}"
-    if not source.by:
+    by = source.by or (FEEDBACK if source.source == FEEDBACK else "")
+    if not by:
         image, score = images[0], None
     else:
-        scored = [(c.scores[source.by, i.id], n) for n, i in enumerate(images) if (source.by, i.id) in c.scores]
+        scored = [(c.scores[by, i.id], n) for n, i in enumerate(images) if (by, i.id) in c.scores]
         if not scored:
-            return f"no score by {source.by}"
+            return f"no score by {by}"
         sign = 1 if source.pick == "best" else -1
         score, n = max(scored, key=lambda s: (sign * s[0], -s[1]))
         image = images[n]

@@ -15,7 +15,7 @@ from typing import cast
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
 from itsdangerous import BadSignature, Signer
-from sqlalchemy import delete, select, update
+from sqlalchemy import bindparam, delete, select, update
 from sqlmodel import Session, col
 
 from limner.feedback.database import Database, Invitation, Login, Meta, Rater, reading, writing
@@ -33,6 +33,13 @@ class Person:
     role: str
     csrf: str
     settings: str
+
+
+_PERSON = (  # made once: every request asks it
+    select(col(Rater.id), col(Rater.name), col(Rater.role), col(Login.csrf), col(Rater.settings))
+    .join(Login, col(Login.rater_id) == col(Rater.id))
+    .where(col(Login.secret) == bindparam("secret"), col(Login.expires) > bindparam("now"), ~col(Rater.blocked))
+)
 
 
 @cache
@@ -162,12 +169,8 @@ def person(database: Database, cookie: str, key: str) -> Person | None:
     secret = read_cookie(cookie, key)
     if secret is None:
         return None
-    columns = (Rater.id, Rater.name, Rater.role, Login.csrf, Rater.settings)
-    query = select(*columns).join(Login, col(Login.rater_id) == col(Rater.id))  # type: ignore[call-overload]
     with reading(database) as session:
-        row = session.execute(
-            query.where(col(Login.secret) == _hash(secret), col(Login.expires) > time.time(), ~col(Rater.blocked))
-        ).first()
+        row = session.execute(_PERSON, {"secret": _hash(secret), "now": time.time()}).first()
     return Person(*row) if row else None
 
 

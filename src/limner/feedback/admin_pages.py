@@ -16,13 +16,14 @@ from sqlmodel import col
 from limner.feedback import accounts, answers, exports, progress
 from limner.feedback.accounts import Person
 from limner.feedback.database import Answer, Item, Picture, Rater, reading
+from limner.feedback.payloads import MARKS
+from limner.feedback.richhf import tokens
 from limner.feedback.server import Site, admin, check_token, invitation, render, site_of
 
 router = APIRouter()
 Admin = Annotated[Person, Depends(admin)]
-FRESH = 10.0  # seconds that the costly numbers are kept
+FRESH = 5.0  # seconds that costly numbers are kept at least
 GALLERY = 24  # images a page
-_kept: dict[int, tuple[float, dict[str, Any]]] = {}  # by site: a page that reloads itself must not slow raters down
 
 
 @router.get("/admin")
@@ -32,18 +33,18 @@ def admin_page(request: Request, person: Admin) -> Response:
 
 
 def _numbers(site: Site) -> dict[str, Any]:
-    kept = _kept.get(id(site))
-    if kept is None or time.monotonic() - kept[0] > FRESH:
-        found = answers.given(site.study, site.database, settled=False)
-        numbers = {
-            "overview": progress.overview(site.database),
+    """What the overview shows. What takes long is kept so long that it takes a twentieth of the time at most: raters come first."""
+    until, kept = site.kept.get("numbers", (0.0, {}))
+    if time.monotonic() > until:
+        began, found = time.monotonic(), answers.given(site.study, site.database, settled=False)
+        kept = {
             "raters": progress.rater_rows(site.database, found),
             "curves": progress.agreement_curve(found),
             "disagreements": progress.disagreements(answers.given(site.study, site.database)),
-            "formats": list(exports.FORMATS),
         }
-        kept = _kept[id(site)] = (time.monotonic(), numbers)
-    return kept[1]
+        took = time.monotonic() - began
+        site.kept["numbers"] = (time.monotonic() + max(FRESH, 20 * took), kept)
+    return {"overview": progress.overview(site.database), "formats": list(exports.FORMATS), **kept}
 
 
 @router.get("/admin/gallery")
@@ -66,12 +67,12 @@ def _item_view(site: Site, group: list[answers.Given]) -> dict[str, Any]:
         pictures = {p.token: p for p in session.execute(select(Picture).where(col(Picture.token).in_(first.pictures))).scalars()}
     view: dict[str, Any] = {"id": first.item_id, "key": first.key, "text": first.text, "raters": len(group), "group": group}
     view["pictures"] = [pictures[t] for t in first.pictures]
-    if "points" in first.found:
-        view["marks"] = [(mark, x, y) for a in group for mark in ("artifact", "misalignment") for x, y in a.found["points"][mark]]
-        words = first.found["words"]["tokens"]
-        view["words"] = [(w, sum(i in a.found["words"]["misaligned"] for a in group)) for i, w in enumerate(words)]
-        asked = site.study.questions
-        view["ratings"] = [(q, sum(a.found["ratings"][q] for a in group) / len(group)) for q in asked]
+    if site.study.task == "rich":  # what was imported may lack a kind
+        points, words, ratings = ([a.found[kind] for a in group if kind in a.found] for kind in ("points", "words", "ratings"))
+        view["marks"] = [(mark, x, y) for p in points for mark in MARKS for x, y in p[mark]]
+        view["words"] = [(word, sum(i in w["misaligned"] for w in words)) for i, word in enumerate(tokens(first.text))]
+        rated = {q: [r[q] for r in ratings if q in r] for q in site.study.questions}
+        view["ratings"] = [(q, sum(values) / len(values)) for q, values in rated.items() if values]
     if "choice" in first.found:
         view["best"] = [sum(a.found["choice"]["ranks"][i] == 1 for a in group) for i in range(len(first.pictures))]
     if "side" in first.found:
@@ -113,7 +114,7 @@ def invite(
     check_token(csrf, person)
     site = site_of(request)
     link = invitation(site.study, site.database, name.strip(), role, str(request.base_url).rstrip("/"))
-    _kept.pop(id(site), None)
+    site.kept.clear()
     return render(site, request, "admin.html", person, **_numbers(site), link=link, bars=progress.bars, polyline=progress.polyline)
 
 
@@ -126,7 +127,7 @@ def block(
     if rater == person.id:
         raise HTTPException(400, "You cannot shut yourself out.")
     accounts.block(site.database, rater, blocked)
-    _kept.pop(id(site), None)
+    site.kept.clear()
     return RedirectResponse("/admin", 303)
 
 

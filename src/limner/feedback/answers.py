@@ -13,11 +13,13 @@ from sqlalchemy import func, or_, select
 from sqlmodel import Session, col
 
 from limner import records
-from limner.feedback import accounts, assign, checks, payloads
+from limner.feedback import accounts, assign, checks, fill, payloads
 from limner.feedback.database import Answer, Database, Item, Picture, Rater, Slot, reading, writing
 from limner.feedback.display import image_file
 from limner.feedback.study import Study
 from limner.records import Feedback
+
+IMPORTED = "import."  # begins the id of an answer that did not come from the page; pages cannot make ids with a dot
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def given(study: Study, database: Database, settled: bool = True) -> list[Given]
             continue
         item = items[answer.item_id]
         tokens = json.loads(item.pictures)
-        said = checks.interpret(study, json.loads(answer.payload), item.text, {t: ids[t] for t in tokens})
+        said = checks.interpret(study, json.loads(answer.payload), item.text, {t: ids[t] for t in tokens}, answer.id.startswith(IMPORTED))
         found.append(
             Given(
                 answer.item_id, item.key, item.text, name, said, answer.seconds, answer.created, item.gold is not None, answer.correct,
@@ -111,7 +113,7 @@ def history(database: Database) -> Iterator[dict[str, Any]]:
 
 def images(study: Study, database: Database) -> Iterator[records.Image]:
     """The study's images as they are shown, with their prompts; each once, in the order of the items."""
-    folder = assign.images_folder(study)
+    folder = fill.images_folder(study)
     with reading(database) as session:
         pictures = {p.token: p for p in session.execute(select(Picture)).scalars()}
         items = list(session.execute(select(Item).order_by(col(Item.position))).scalars())
@@ -163,12 +165,12 @@ def _import(session: Session, study: Study, item: Item, rater: int, kinds: dict[
     if answer is None:
         return f"not of task {study.task}, or of other images"
     try:
-        checks.interpret(study, answer, item.text, images)
+        checks.interpret(study, answer, item.text, images, imported=True)
     except ValueError:
         return "not complete"
     digest = hashlib.sha256("\x1f".join(sorted(row.id + row.payload for row, _ in kinds.values())).encode()).hexdigest()[:32]
     mine = (col(Answer.item_id) == item.id, col(Answer.rater_id) == rater)
-    if session.get(Answer, f"import-{digest}") is not None:
+    if session.get(Answer, IMPORTED + digest) is not None:
         return "again"
     if session.execute(select(col(Answer.id)).where(*mine).limit(1)).first() is not None:
         return "answered here already"
@@ -183,7 +185,7 @@ def _import(session: Session, study: Study, item: Item, rater: int, kinds: dict[
         session.add(slot)
     seconds = sum(row.seconds for row, _ in kinds.values())
     assert item.id is not None
-    session.add(Answer(id=f"import-{digest}", item_id=item.id, rater_id=rater, revision=1, payload=json.dumps(answer), seconds=seconds))
+    session.add(Answer(id=IMPORTED + digest, item_id=item.id, rater_id=rater, revision=1, payload=json.dumps(answer), seconds=seconds))
     session.flush()
     return "imported"
 
@@ -192,10 +194,7 @@ def _as_answer(study: Study, images: dict[str, str], kinds: dict[str, dict[str, 
     """What the page would have sent; None if it is about something else."""
     tokens = {image_id: token for token, image_id in images.items()}
     if study.task == "rich" and kinds.keys() & {"points", "words", "ratings"}:
-        points, words = kinds.get("points", {"artifact": [], "misalignment": []}), kinds.get("words", {"misaligned": []})
-        contradicts = points["misalignment"] or words["misaligned"]
-        nothing = {"image": not points["artifact"], "prompt": not contradicts}
-        return {"points": points, "words": words, "ratings": kinds.get("ratings", {}), "nothing": nothing}
+        return {kind: kinds[kind] for kind in ("points", "words", "ratings") if kind in kinds} | {"kinds": sorted(kinds)}
     if study.task == "choice" and "choice" in kinds and set(kinds["choice"]["images"]) == set(tokens):
         return {"images": [tokens[i] for i in kinds["choice"]["images"]], "ranks": kinds["choice"]["ranks"]}
     if study.task == "side" and "side" in kinds and kinds["side"]["against"] == list(tokens)[1]:

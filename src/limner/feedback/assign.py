@@ -7,21 +7,43 @@ or skipped is not offered to them again. Gold comes after every so many answers,
 from __future__ import annotations
 
 import json
-import secrets
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from sqlalchemy import Select, exists, func, or_, select, update
+from sqlalchemy import Float, Integer, bindparam, exists, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import aliased
 from sqlmodel import Session, col
 
 from limner.feedback import checks
-from limner.feedback.database import Answer, Database, Draft, Item, Meta, Picture, Rater, Slot, reading, writing
-from limner.feedback.display import store_image
-from limner.feedback.study import Study, identity, iter_images, make_items
-from limner.store import differences
+from limner.feedback.database import Answer, Database, Draft, Item, Picture, Rater, Slot, writing
+from limner.feedback.study import Study
+
+# Statements of every request, made once. Parameters: rater, item, now.
+_RATER, _ITEM, _NOW = (bindparam(name, type_=kind) for name, kind in (("rater", Integer), ("item", Integer), ("now", Float)))
+_LOCK = select(col(Rater.id)).where(col(Rater.id) == _RATER).with_for_update(key_share=True)
+_OWN = select(Slot).where(col(Slot.item_id) == _ITEM, col(Slot.rater_id) == _RATER).with_for_update()
+_LAST = select(func.max(col(Answer.revision))).where(col(Answer.item_id) == _ITEM, col(Answer.rater_id) == _RATER)
+_HELD = select(Slot).where(col(Slot.rater_id) == _RATER, ~col(Slot.done), col(Slot.expires) > _NOW).order_by(col(Slot.position)).limit(1)
+_BEGUN = select(col(Draft.item_id)).where(col(Draft.rater_id) == _RATER)
+_other = aliased(Slot)
+# Slots that a rater may take: not done, kept for nobody, of an item that they have neither answered nor hold; locked so that no other
+# transaction sees them.
+_OPEN = (
+    select(Slot)
+    .where(
+        ~col(Slot.done),
+        or_(col(Slot.rater_id).is_(None), col(Slot.expires) <= _NOW),
+        ~exists().where(col(Answer.item_id) == col(Slot.item_id), col(Answer.rater_id) == _RATER, ~col(Answer.final)),
+        ~exists().where(col(_other.item_id) == col(Slot.item_id), col(_other.rater_id) == _RATER, col(_other.id) != col(Slot.id)),
+    )
+    .order_by(col(Slot.position), col(Slot.number))
+    .limit(1)
+    .with_for_update(skip_locked=True)
+)
+_OPEN_BEGUN = _OPEN.where(col(Slot.item_id).in_(_BEGUN))
 
 
 class Conflict(ValueError):
@@ -30,82 +52,13 @@ class Conflict(ValueError):
 
 @dataclass(frozen=True)
 class Saved:
-    """What became of an answer. correct: share of a gold item's answer that was found, None for others."""
+    """What became of an answer. correct: share of a gold item's answer that was found, None for others; next: what `then` gave."""
 
     revision: int
     again: bool
     correct: float | None = None
     message: str = ""
-
-
-def set_up(study: Study, database: Database) -> dict[str, int]:
-    """Fill the database with the study's items, once; nothing is there until all is.
-
-    Returns:
-        what was left out and why (of images that cannot be shown: "unreadable image").
-
-    Raises:
-        ValueError: the database holds another study, or no items are left.
-    """
-    wanted = identity(study)
-    with reading(database) as session:
-        found = session.get(Meta, "study")
-    if found is not None:
-        if changed := list(differences(json.loads(found.value), wanted)):
-            raise ValueError(
-                "the database holds a study of another configuration:\n  "
-                + "\n  ".join(changed)
-                + "\nChoose another output_dir or database."
-            )
-        return {}
-    items, dropped = make_items(study)
-    for item in items:
-        if item.gold is not None and (problem := checks.gold_error(study, item.gold)):
-            raise ValueError(f"{study.gold.source}: {item.key}: {problem}")
-    pictures, unreadable = _store_images(study, {i for item in items for i in item.images})
-    shown = [i for i in items if all(name in pictures for name in i.images)]
-    if len(shown) < len(items):
-        dropped["unreadable image"] = len(items) - len(shown)
-    if not shown:
-        raise ValueError(f"no items: {', '.join(f'{why} ({n})' for why, n in dropped.items())}; {'; '.join(unreadable[:3])}")
-    with writing(database) as session:
-        session.add(Meta(key="study", value=json.dumps(wanted)))
-        session.add(Meta(key="unreadable", value=json.dumps(unreadable)))
-        session.add_all(pictures.values())
-        session.flush()
-        for position, item in enumerate(shown):
-            row = Item(
-                key=item.key, position=position, text=item.text, pictures=json.dumps([pictures[i].token for i in item.images]),
-                gold=None if item.gold is None else json.dumps(item.gold), message=item.message,
-            )  # fmt: skip
-            session.add(row)
-            session.flush()
-            if item.gold is None:
-                session.add_all(Slot(item_id=cast(int, row.id), number=n, position=position) for n in range(study.overlap))
-    return dropped
-
-
-def _store_images(study: Study, wanted: set[str]) -> tuple[dict[str, Picture], list[str]]:
-    found, unreadable = dict[str, Picture](), list[str]()
-    for source in filter(None, (study.images.source, study.images.against)):
-        for image in iter_images(source):
-            if image.id not in wanted or image.id in found:
-                continue
-            try:
-                shown = store_image(images_folder(study), image.image, f"image {image.id}")
-            except ValueError as error:
-                unreadable.append(str(error))
-                continue
-            found[image.id] = Picture(
-                token=secrets.token_urlsafe(12), image_id=image.id, digest=shown.digest, media=shown.media, width=shown.width,
-                height=shown.height,
-            )  # fmt: skip
-    return found, unreadable
-
-
-def images_folder(study: Study) -> Path:
-    """Where the images of a study lie as they are shown."""
-    return Path(study.output_dir) / "images"
+    next: Any = None
 
 
 def take(session: Session, study: Study, rater_id: int, now: float) -> Slot | None:
@@ -114,13 +67,12 @@ def take(session: Session, study: Study, rater_id: int, now: float) -> Slot | No
     None: there is none for them now. The slot is theirs for `lease_minutes` more.
     """
     _lock_rater(session, rater_id)
-    held = select(Slot).where(col(Slot.rater_id) == rater_id, ~col(Slot.done), col(Slot.expires) > now).order_by(col(Slot.position))
-    slot = session.execute(held.limit(1)).scalar_one_or_none() or _due_gold(session, study, rater_id)
+    who = {"rater": rater_id, "now": now}
+    slot = session.execute(_HELD, who).scalar_one_or_none() or _due_gold(session, study, rater_id)
     if slot is None:
-        drafted = exists().where(col(Draft.item_id) == col(Slot.item_id), col(Draft.rater_id) == rater_id)
-        for query in (_open(rater_id, now).where(drafted), _open(rater_id, now)):
-            locked = query.order_by(col(Slot.position), col(Slot.number)).limit(1).with_for_update(skip_locked=True)
-            if slot := session.execute(locked).scalar_one_or_none():
+        begun = session.execute(_BEGUN, who).first() is not None
+        for query in (_OPEN_BEGUN, _OPEN) if begun else (_OPEN,):
+            if slot := session.execute(query, who).scalar_one_or_none():
                 break
         else:
             return None
@@ -132,16 +84,7 @@ def take(session: Session, study: Study, rater_id: int, now: float) -> Slot | No
 
 def _lock_rater(session: Session, rater_id: int) -> None:
     """Two tabs of a rater take turns. Every transaction locks the rater before a slot, so none waits for one that waits for it."""
-    session.execute(select(col(Rater.id)).where(col(Rater.id) == rater_id).with_for_update(key_share=True))
-
-
-def _open(rater_id: int, now: float) -> Select:
-    """Slots that this rater may take: not done, kept for nobody, of an item that they have neither answered nor hold."""
-    mine = exists().where(col(Answer.item_id) == col(Slot.item_id), col(Answer.rater_id) == rater_id, ~col(Answer.final))
-    other = Slot.__table__.alias()  # type: ignore[attr-defined]
-    holds = exists().where(other.c.item_id == col(Slot.item_id), other.c.rater_id == rater_id, other.c.id != col(Slot.id))
-    free = or_(col(Slot.rater_id).is_(None), col(Slot.expires) <= now)
-    return select(Slot).where(~col(Slot.done), free, ~mine, ~holds)
+    session.execute(_LOCK, {"rater": rater_id})
 
 
 def _due_gold(session: Session, study: Study, rater_id: int) -> Slot | None:
@@ -192,8 +135,7 @@ def _own_slot(session: Session, rater_id: int, item_id: int) -> Slot | None:
     Raises:
         ValueError: the item was never theirs.
     """
-    query = select(Slot).where(col(Slot.item_id) == item_id, col(Slot.rater_id) == rater_id).with_for_update()
-    slot = session.execute(query).scalar_one_or_none()
+    slot = session.execute(_OWN, {"rater": rater_id, "item": item_id}).scalar_one_or_none()
     if slot is None and session.get(Draft, (item_id, rater_id)) is None:
         mine = select(col(Answer.id)).where(col(Answer.item_id) == item_id, col(Answer.rater_id) == rater_id)
         if session.execute(mine.limit(1)).first() is None:
@@ -203,7 +145,7 @@ def _own_slot(session: Session, rater_id: int, item_id: int) -> Slot | None:
 
 def submit(
     database: Database, study: Study, rater_id: int, item_id: int, id: str, base: int, payload: Any, *, seconds: float = 0.0,
-    skipped: str = "", final: bool = False
+    skipped: str = "", final: bool = False, then: Callable[[Session], Any] | None = None
 ) -> Saved:  # fmt: skip
     """Take an answer (or a reason to skip) in. Durable when this returns; the same id again changes nothing.
 
@@ -212,6 +154,7 @@ def submit(
         base: the revision that the page knew; 0 for none.
         skipped: why there is no answer; the slot is then free for somebody else.
         final: an admin settles the item; it takes no slot.
+        then: what else to do in the same transaction: one wait for the disk instead of two.
 
     Raises:
         Conflict: answered in another tab since `base`, or all the item's slots went to others meanwhile.
@@ -220,7 +163,8 @@ def submit(
     for attempt in (0, 1):
         try:
             with writing(database) as session:
-                return _submit(session, study, rater_id, item_id, id, base, payload, seconds, skipped, final)
+                saved = _submit(session, study, rater_id, item_id, id, base, payload, seconds, skipped, final)
+                return replace(saved, next=then(session)) if then else saved
         except IntegrityError:  # the same answer, or one of another tab, came in at the same moment: see which
             if attempt:
                 raise Conflict("This item was answered in another tab.") from None
@@ -245,8 +189,7 @@ def _submit(
         correct = checks.gold_score(json.loads(item.gold), found) if item.gold and not final else None
     if not final:
         _settle_slot(session, rater_id, item, bool(skipped))
-    last = select(func.max(col(Answer.revision))).where(col(Answer.item_id) == item_id, col(Answer.rater_id) == rater_id)
-    revision = session.execute(last).scalar_one() or 0
+    revision = session.execute(_LAST, {"rater": rater_id, "item": item_id}).scalar_one() or 0
     if revision != base:
         raise Conflict("This item was answered in another tab. Reload to see the answer.")
     answer = Answer(

@@ -18,33 +18,40 @@ NEAR = 1 / 10  # of the height: a point that is so near a gold point has found i
 Payload = dict[str, Any]
 
 
-def interpret(study: Study, answer: Any, text: str, images: Mapping[str, str]) -> dict[str, Payload]:
+def interpret(study: Study, answer: Any, text: str, images: Mapping[str, str], imported: bool = False) -> dict[str, Payload]:
     """The payloads that an answer makes, by kind.
 
     Args:
         answer: what the page sent.
         text: the item's prompt.
         images: the item's image ids by token, in the item's order.
+        imported: not from the page: it may leave out kinds, and questions; its `kinds` says what there is.
 
     Raises:
         ValueError: something is missing, contradicts itself or is out of range; in the rater's words.
     """
     if not isinstance(answer, Mapping):
         raise ValueError(f"an answer is an object; found {type(answer).__name__}")
-    found = {"rich": _rich, "choice": _choice, "side": _side}[study.task](study, answer, text, images)
+    if imported and study.task == "rich":
+        found = {kind: payload for kind, payload in _parts(study, answer, text).items() if kind in answer.get("kinds", ())}
+    else:
+        found = {"rich": _rich, "choice": _choice, "side": _side}[study.task](study, answer, text, images)
     for kind, payload in found.items():
         payloads.check(kind, payload, "answer")
     return found
 
 
-def _rich(study: Study, answer: Mapping[str, Any], text: str, images: Mapping[str, str]) -> dict[str, Payload]:
-    words = tokens(text)
-    points, marked, ratings, nothing = (_part(answer, k) for k in ("points", "words", "ratings", "nothing"))
-    found: dict[str, Payload] = {
+def _parts(study: Study, answer: Mapping[str, Any], text: str) -> dict[str, Payload]:
+    points, marked, ratings = (_part(answer, k) for k in ("points", "words", "ratings"))
+    return {
         "points": {mark: points.get(mark, []) for mark in payloads.MARKS},
-        "words": {"tokens": words, "misaligned": marked.get("misaligned", [])},
+        "words": {"tokens": tokens(text), "misaligned": marked.get("misaligned", [])},
         "ratings": {q: ratings[q] for q in study.questions if ratings.get(q) is not None},
     }
+
+
+def _rich(study: Study, answer: Mapping[str, Any], text: str, images: Mapping[str, str]) -> dict[str, Payload]:
+    found, nothing = _parts(study, answer, text), _part(answer, "nothing")
     for kind in ("points", "words"):
         payloads.check(kind, found[kind], "answer")
     artifact, contradicts = found["points"]["artifact"], found["points"]["misalignment"] or found["words"]["misaligned"]

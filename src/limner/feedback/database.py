@@ -82,7 +82,11 @@ class Item(SQLModel, table=True):
 class Slot(SQLModel, table=True):
     """One of an item's `overlap` places: free, kept for a rater until it expires, or done. Gold has one for each rater."""
 
-    __table_args__ = (UniqueConstraint("item_id", "number"), UniqueConstraint("item_id", "rater_id"), Index("queue", "done", "position"))
+    __table_args__ = (
+        UniqueConstraint("item_id", "number"),
+        UniqueConstraint("item_id", "rater_id"),
+        Index("queue", "done", "position", "number"),
+    )
     id: int | None = Field(default=None, primary_key=True)
     item_id: int = Field(foreign_key="item.id")
     number: int
@@ -96,7 +100,7 @@ class Draft(SQLModel, table=True):
     """What a rater has so far."""
 
     item_id: int = Field(foreign_key="item.id", primary_key=True)
-    rater_id: int = Field(foreign_key="rater.id", primary_key=True)
+    rater_id: int = Field(foreign_key="rater.id", primary_key=True, index=True)
     version: int = 0
     payload: str
     saved: float = Field(default_factory=time.time)

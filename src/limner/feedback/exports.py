@@ -11,9 +11,11 @@ from typing import Any
 from limner.feedback import answers, exchange, richhf
 from limner.feedback.consolidate import agreement, consolidate, side_answers, side_by_side
 from limner.feedback.database import Database
+from limner.feedback.preferences import write_preferences
+from limner.feedback.progress import answer_table
 from limner.feedback.study import Study, identity
 from limner.records import Feedback, to_table
-from limner.statistics import Interval
+from limner.statistics import Interval, krippendorff
 from limner.store import open_step, read_table, write_atomic
 
 FORMATS = {
@@ -67,8 +69,9 @@ def read(path: Path, study: Study, database: Database) -> tuple[list[Feedback], 
 
 
 def consolidate_study(study: Study, database: Database, ties_misaligned: bool = False) -> dict[str, Any]:
-    """Write what raters said together below output_dir: `feedback` (rows of each rater) and, for task rich, `rich` (maps, words, ratings),
-    both as step folders made anew each time, and report.json with agreement and, for side by side, levels, wins and a sign test.
+    """Write what raters said together below output_dir: `feedback` (rows of each rater), `preferences` (images and scores, for stages
+    with `from: feedback`) and, for task rich, `rich` (maps, words, ratings), all as step folders made anew each time; and report.json with
+    agreement and, for side by side, levels, wins and a sign test.
 
     Raises:
         ValueError: nobody has answered yet.
@@ -78,6 +81,9 @@ def consolidate_study(study: Study, database: Database, ties_misaligned: bool = 
         raise ValueError(f"{study.name}: no answers to consolidate yet")
     made_of = {"study": identity(study), "ties_misaligned": ties_misaligned}
     report: dict[str, Any] = {"task": study.task, "answers": len(rows), "agreement": _plain(agreement(rows, study.seed))}
+    if study.task != "rich":
+        alpha = krippendorff(answer_table(rows, study.task), "interval" if study.task == "side" else "nominal")
+        report["agreement"][study.task] = {"alpha": _plain(alpha)}
     tables = {"feedback": to_table(Feedback, rows)}
     if study.task == "rich":
         found, said = consolidate(rows, answers.images(study, database), ties_misaligned=ties_misaligned)
@@ -93,6 +99,8 @@ def consolidate_study(study: Study, database: Database, ties_misaligned: bool = 
         step = open_step(folder, name, made_of, {})
         step.write(0, table)
         step.finish({"rows": table.num_rows})
+    shutil.rmtree(out / "preferences", ignore_errors=True)
+    report["preferences"] = write_preferences(study, rows, out / "preferences")
     write_atomic(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     return report
 

@@ -16,6 +16,7 @@ from limner.feedback.consolidate import marks_table, ratings_table, words_table
 from limner.feedback.database import Answer, Database, Draft, Item, Rater, Slot, reading
 from limner.feedback.payloads import MARKS, QUESTIONS
 from limner.records import Feedback
+from limner.seeds import seed_of
 from limner.statistics import krippendorff
 
 POINTS = 8  # of the curve of agreement
@@ -77,12 +78,13 @@ def agreement_with_others(answers: Sequence[Given], rater: str) -> float | None:
 
 
 def _alike(a: Given, b: Given) -> float:
-    if "ratings" in a.found:
-        one, two = a.found["ratings"], b.found["ratings"]
+    if "choice" not in a.found and "side" not in a.found:
+        one, two = a.found.get("ratings", {}), b.found.get("ratings", {})
         parts = [float(abs(one[q] - two[q]) <= 1) for q in QUESTIONS if q in one and q in two]
-        said = [set(x.found["words"]["misaligned"]) for x in (a, b)]
-        words = len(a.found["words"]["tokens"])
-        return float(np.mean([*parts, 1 - len(said[0] ^ said[1]) / words if words else 1.0]))
+        if "words" in a.found and "words" in b.found:
+            said, words = [set(x.found["words"]["misaligned"]) for x in (a, b)], len(a.found["words"]["tokens"])
+            parts.append(1 - len(said[0] ^ said[1]) / words if words else 1.0)
+        return float(np.mean(parts)) if parts else 1.0
     if "choice" in a.found:
         best = [{i for i, r in zip(x.found["choice"]["images"], x.found["choice"]["ranks"]) if r == 1} for x in (a, b)]
         return float(bool(best[0] & best[1]))
@@ -118,7 +120,10 @@ def _alphas(rows: Sequence[Feedback]) -> dict[str, float]:
 
 
 def answer_table(rows: Sequence[Feedback], kind: str) -> np.ndarray:
-    """Side answers, or the place of the best image, as (raters, items); nan where there is none (or no single best)."""
+    """Side answers, or the place of the best image, as (raters, items); nan where there is none (or no single best).
+
+    Places are numbered by lot for each item: if the best image came first in most of them, agreement by chance would look high.
+    """
     from limner.feedback.payloads import of_kind
 
     cells: dict[tuple[str, str], float] = {}
@@ -126,7 +131,8 @@ def answer_table(rows: Sequence[Feedback], kind: str) -> np.ndarray:
         if kind == "side":
             cells[row.rater, row.image_id] = payload["answer"]
         elif payload["ranks"].count(1) == 1:
-            cells[row.rater, row.image_id] = payload["ranks"].index(1)
+            best, lots = payload["images"][payload["ranks"].index(1)], [seed_of("place", i) for i in payload["images"]]
+            cells[row.rater, row.image_id] = sorted(lots).index(seed_of("place", best))
     raters, items = sorted({r for r, _ in cells}), sorted({i for _, i in cells})
     table = np.full((len(raters), len(items)), np.nan)
     for (rater, item), value in cells.items():
@@ -151,10 +157,10 @@ def disagreements(answers: Sequence[Given], limit: int = 12) -> list[dict[str, A
 
 
 def _spread(group: Sequence[Given]) -> float:
-    if "ratings" in group[0].found:
+    if "choice" not in group[0].found and "side" not in group[0].found:
         spreads = []
         for q in QUESTIONS:
-            values = [a.found["ratings"][q] for a in group if q in a.found["ratings"]]
+            values = [a.found["ratings"][q] for a in group if q in a.found.get("ratings", {})]
             spreads += [(max(values) - min(values)) / 4] if values else []
         return float(np.max(spreads)) if spreads else 0.0
     if "side" in group[0].found:

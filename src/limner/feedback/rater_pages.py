@@ -10,11 +10,11 @@ import numpy as np
 from fastapi import APIRouter, Depends, Form, HTTPException, Request
 from fastapi.responses import FileResponse, RedirectResponse, Response
 from pydantic import BaseModel, Field
-from sqlalchemy import func, select
+from sqlalchemy import bindparam, func, select
 from sqlmodel import Session, col
 
 from limner import seeds
-from limner.feedback import accounts, assign
+from limner.feedback import accounts, assign, fill
 from limner.feedback.accounts import Person
 from limner.feedback.database import Answer, Draft, Item, Picture, Slot, reading, writing
 from limner.feedback.display import image_file
@@ -34,6 +34,10 @@ from limner.feedback.server import (
 
 router = APIRouter()
 Signed = Annotated[Person, Depends(anyone)]
+
+
+_SLOTS = select(func.count(), func.count().filter(~col(Slot.done))).select_from(Slot)
+_MINE = select(func.count(func.distinct(col(Answer.item_id)))).where(col(Answer.rater_id) == bindparam("rater"))
 
 
 class DraftIn(BaseModel):
@@ -159,7 +163,7 @@ def image(request: Request, person: Signed, token: str) -> Response:
         picture = session.get(Picture, token)
     if picture is None:
         raise HTTPException(404, "There is no such image.")
-    file = image_file(assign.images_folder(site.study), picture.digest)
+    file = image_file(fill.images_folder(site.study), picture.digest)
     return FileResponse(file, media_type=picture.media, headers={"cache-control": "private, max-age=86400, immutable"})
 
 
@@ -180,19 +184,19 @@ def _next(session: Session, site: Site, person: Person, item_id: int) -> dict[st
         return _described(session, site, person, item_id)
     slot = assign.take(session, site.study, person.id, time.time())
     if slot is not None:
-        return _described(session, site, person, slot.item_id)
+        return _described(session, site, person, slot.item_id, slot)
     progress = _progress(session, person)
     return {"item": None, "finished": progress["done"] >= progress["total"], "progress": progress}
 
 
-def _described(session: Session, site: Site, person: Person, item_id: int) -> dict[str, Any]:
+def _described(session: Session, site: Site, person: Person, item_id: int, slot: Slot | None = None) -> dict[str, Any]:
     """An item as the page needs it: prompt cut at its words, images in this rater's order, what was saved before."""
     item = session.get(Item, item_id)
     if item is None:
         raise HTTPException(404, "There is no such item.")
     names = json.loads(item.pictures)
     sizes = {p.token: p for p in session.execute(select(Picture).where(col(Picture.token).in_(names))).scalars()}
-    slot = session.execute(select(Slot).where(col(Slot.item_id) == item_id, col(Slot.rater_id) == person.id)).scalar_one_or_none()
+    slot = slot or session.execute(select(Slot).where(col(Slot.item_id) == item_id, col(Slot.rater_id) == person.id)).scalar_one_or_none()
     last = select(Answer).where(col(Answer.item_id) == item_id, col(Answer.rater_id) == person.id)
     answer = session.execute(last.order_by(col(Answer.revision).desc()).limit(1)).scalar_one_or_none()
     draft = session.get(Draft, (item_id, person.id))
@@ -232,10 +236,8 @@ def pieces(text: str) -> list[dict[str, Any]]:
 
 
 def _progress(session: Session, person: Person) -> dict[str, int]:
-    count = select(func.count()).select_from(Slot)
-    done, total = session.execute(count.where(col(Slot.done))).scalar_one(), session.execute(count).scalar_one()
-    mine = select(func.count(func.distinct(col(Answer.item_id)))).where(col(Answer.rater_id) == person.id)
-    return {"mine": session.execute(mine).scalar_one(), "done": done, "total": total}
+    total, left = session.execute(_SLOTS).one()
+    return {"mine": session.execute(_MINE, {"rater": person.id}).scalar_one(), "done": total - left, "total": total}
 
 
 @router.post("/api/draft")
@@ -251,13 +253,13 @@ def submit(request: Request, person: Signed, body: AnswerIn) -> dict[str, Any]:
     saved = assign.submit(
         site.database, site.study, person.id, body.item, body.id, body.base, body.payload, seconds=body.seconds,
         skipped=" ".join(body.skipped.replace("\0", " ").split()), final=person.role == "admin",
+        then=(lambda session: _next(session, site, person, 0)) if body.take_next and person.role != "admin" else None,
     )  # fmt: skip
     found: dict[str, Any] = {"revision": saved.revision, "again": saved.again}
     if saved.correct is not None:
         found["gold"] = {"correct": saved.correct, "message": saved.message}
-    if body.take_next and person.role != "admin":
-        with writing(site.database) as session:
-            found["next"] = _next(session, site, person, 0)
+    if saved.next is not None:
+        found["next"] = saved.next
     return found
 
 

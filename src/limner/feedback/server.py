@@ -11,7 +11,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from starlette.exceptions import HTTPException as StarletteError
 
 from limner.feedback import accounts
 from limner.feedback.accounts import Person
-from limner.feedback.assign import Conflict, set_up
+from limner.feedback.assign import Conflict
 from limner.feedback.database import Database, open_database
+from limner.feedback.fill import set_up
 from limner.feedback.guard import Bucket, allow, guard
 from limner.feedback.study import Study, guidelines
 
@@ -37,7 +38,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 @dataclass(frozen=True)
 class Site:
-    """What every page needs."""
+    """What every page needs. kept: costly numbers of the admin's pages, and until when they are good."""
 
     study: Study
     database: Database
@@ -45,6 +46,7 @@ class Site:
     templates: jinja2.Environment
     attempts: Bucket
     requests: Bucket
+    kept: dict[str, tuple[float, dict[str, Any]]] = field(default_factory=dict)
 
 
 def make_app(study: Study, database: Database) -> Callable[..., Any]:

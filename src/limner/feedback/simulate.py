@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ from limner.feedback.consolidate import RADIUS, heatmap
 from limner.feedback.payloads import QUESTIONS
 from limner.feedback.richhf import tokens
 from limner.feedback.study import Study
+
+BESIDE = 0.4  # of a rating's spread is left when images are seen beside each other: people compare more steadily than they rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,8 @@ def answer(study: Study, item: Mapping[str, Any], truths: Sequence[Truth], manne
     careful = bool(rng.random() < manner.care)
     if study.task == "rich":
         return _rich(study, item, truths[0], manner, careful, rng)
-    pleasure = [_sees(t.qualities["overall"], manner, careful, rng) for t in truths]
+    steadier = replace(manner, spread=manner.spread * BESIDE)
+    pleasure = [_sees(t.qualities["overall"], steadier, careful, rng) for t in truths]
     shown = [i["token"] for i in item["images"]]
     if study.task == "choice":
         order = np.argsort(np.negative(pleasure), kind="stable")

@@ -116,7 +116,7 @@ def mirror_joints(joints: Sequence[tuple[int, float, float]]) -> list[tuple[int,
 
 def degrade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A worse copy of (H, W, 3) uint8: blurred, or smeared along a direction, or full of grain."""
-    x = image.astype(np.float32)
+    x: np.ndarray = image.astype(np.float32)
     kind = rng.integers(3)
     if kind == 0:
         x = gaussian_filter(x, (*[rng.uniform(0.9, 2.0)] * 2, 0))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
+from limner import records
 from limner.feedback.simulate import Truth
 from limner.figures.body import PARTS
-from limner.figures.captions import REGION
+from limner.figures.captions import REGION, describe
 from limner.figures.make import draw, png, row
+from limner.store import open_step
 
 SPLIT = "raters"
 
@@ -59,8 +62,7 @@ def shown(figure: dict[str, Any], defective: bool, swapped: bool) -> tuple[dict[
     defect = _array(figure["defect_mask"]) > 0 if defective else np.zeros(parts.shape, bool)
     contradicts = np.zeros(parts.shape, bool)
     if swapped:
-        names = {part for name in figure["swapped_attributes"] for part in REGION[name]}
-        contradicts = np.isin(parts, [PARTS.index(n) for n in names if n != "place"]) | (("place" in names) & (parts < 0))
+        contradicts = _contradicting(parts, figure["swapped_attributes"])
     wrong = len(figure["swapped_attributes"]) if swapped else 0
     truth = Truth(
         artifact=defect, misalignment=contradicts, words=tuple(figure["swapped_words"]) if swapped else (),
@@ -73,6 +75,13 @@ def shown(figure: dict[str, Any], defective: bool, swapped: bool) -> tuple[dict[
         "truth": _dump(truth),
     }
     return values, truth
+
+
+def _contradicting(parts: NDArray[np.int_], attributes: Iterable[str]) -> NDArray[np.bool_]:
+    """Where wrong attributes show: their body parts, or all that is not the person."""
+    names = {part for name in attributes for part in REGION[name]}
+    body = np.isin(parts, [PARTS.index(n) for n in names if n != "place"])
+    return body | (parts < 0) if "place" in names else body
 
 
 def rows(start: int, stop: int, seed: int = 0) -> Iterator[dict[str, Any]]:
@@ -89,6 +98,66 @@ def write_study(path: Path, count: int, seed: int = 0) -> Path:
         pq.write_table(pa.Table.from_pylist(list(rows(0, count, seed))), partial)
         partial.rename(path)
     return path
+
+
+def groups(start: int, stop: int, seed: int = 0) -> Iterator[tuple[str, list[tuple[str, bytes, Truth]]]]:
+    """Prompts with four images each (id, PNG, truth): what the prompt says, sound and with a defect, and the same body in other clothes
+    and another place, sound and with a defect."""
+    drawn = draw(SPLIT, start, stop, seed=seed, defects=True, paints=2)
+    for first, other in zip(drawn, drawn):
+        caption = describe(first.figure.attributes(), first.caption_seed)
+        found = []
+        for k, each in enumerate((first, other)):
+            attributes = each.figure.attributes()
+            wrong = [n for n, value in caption.attributes.items() if attributes[n] != value]
+            words = tuple(i for i, name in enumerate(caption.words) if name in wrong)
+            for defective in (False, True):
+                picture = each.defective.picture if defective and each.defective else each.sound
+                defect = each.defective.mask if defective and each.defective else np.zeros(picture.part.shape, bool)
+                person = picture.part >= 0
+                truth = Truth(
+                    artifact=defect, misalignment=_contradicting(picture.part, wrong), words=words,
+                    qualities=qualities(picture.image, person, defect, len(wrong), len(caption.attributes)),
+                )  # fmt: skip
+                found.append((f"{SPLIT}-{first.index // 2:06d}-{2 * k + defective}", png(picture.image), truth))
+        yield caption.text, found
+
+
+def write_comparisons(folder: Path, count: int, seed: int = 0) -> None:
+    """Step folders of figures to compare, unless they are there: `choice` (four images a prompt), `ours` and `base` (two of the four, drawn
+    by lot), and truth.parquet of all of them."""
+    if (folder / "truth.parquet").is_file():
+        return
+    rng, truths = np.random.default_rng([seed, count]), list[dict[str, str]]()
+    rows: dict[str, list[records.Image]] = {"choice": [], "ours": [], "base": []}
+    for n, (text, images) in enumerate(groups(0, count, seed)):
+        made = [records.Image(id=i, prompt_id=f"{SPLIT}-{n:06d}", text=text, image=data, k=k) for k, (i, data, _) in enumerate(images)]
+        rows["choice"] += made
+        for name, k in zip(("ours", "base"), rng.permutation(len(made))[:2]):
+            rows[name].append(replace(made[k], k=0))
+        truths += [{"image_id": i, "truth": _dump(truth)} for i, _, truth in images]
+    for name, found in rows.items():
+        step = open_step(folder / name, "pool", {"figures": count, "seed": seed}, {})
+        step.write(0, records.to_table(records.Image, found))
+        step.finish({"rows": len(found)})
+    partial = folder / ".truth.parquet.partial"
+    pq.write_table(pa.Table.from_pylist(truths), partial)
+    partial.rename(folder / "truth.parquet")
+
+
+def read_truths(images: Path) -> dict[str, Truth]:
+    """Truths by image id: of the table that `write_study` wrote, or beside one of the folders of `write_comparisons`.
+
+    Raises:
+        ValueError: other images, of which no truth is known.
+    """
+    beside = images.parent / "truth.parquet"
+    path = beside if images.is_dir() else images
+    if path.suffix != ".parquet" or not path.is_file() or "truth" not in pq.read_schema(path).names:
+        raise ValueError(f"{images}: no truth is known of these images; simulated raters answer for figures (images.from: figures)")
+    table = pq.read_table(path)
+    name = "image_id" if "image_id" in table.column_names else "id"
+    return {str(row[name]): load_truth(row["truth"]) for row in table.select([name, "truth"]).to_pylist() if row["truth"]}
 
 
 def load_truth(text: str) -> Truth:

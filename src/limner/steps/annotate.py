@@ -30,15 +30,20 @@ def annotate(action: str, study: Study, **options: Any) -> None:
 
 
 def _with_figures(study: Study) -> Study:
-    """The study with `images.from: figures` drawn to a table below output_dir."""
+    """The study with `images.from: figures` drawn below output_dir."""
     if study.images.source != FIGURES:
         return study
-    if study.task != "rich":
-        raise ValueError(f"images.from: figures are for task rich; task {study.task} needs folders of images to compare")
-    from limner.figures.raters import write_study
+    if study.task == "side" and study.images.against != FIGURES:
+        raise ValueError(f"images.against: {study.images.against}; figures are compared with figures")
+    from limner.figures.raters import write_comparisons, write_study
 
-    path = write_study(Path(study.output_dir) / "figures.parquet", study.images.limit or 60, study.seed)
-    return replace(study, images=replace(study.images, source=str(path)))
+    count, folder = study.images.limit or 60, Path(study.output_dir) / "figures"
+    if study.task == "rich":
+        source, against = write_study(folder.with_suffix(".parquet"), count, study.seed), ""
+    else:
+        write_comparisons(folder, count, study.seed)
+        source, against = (folder / "choice", "") if study.task == "choice" else (folder / "ours", str(folder / "base"))
+    return replace(study, images=replace(study.images, source=str(source), against=against))
 
 
 def _serve(study: Study, **_: Any) -> None:
@@ -100,19 +105,16 @@ def _simulate(study: Study, count: int = 3, **_: Any) -> None:
     from limner.feedback.database import Picture, reading
     from limner.feedback.server import invitation, prepare, serving
     from limner.feedback.simulate import run_raters
-    from limner.figures.raters import load_truth
-    from limner.inputs import iter_prompts
+    from limner.figures.raters import read_truths
 
     if count < study.overlap:
         raise ValueError(f"--count: {count} raters cannot give every item {study.overlap} answers (overlap)")
     database = prepare(study)
-    truths = {p.id: load_truth(p.truth) for p in iter_prompts(study.images.source, "train") if p.truth}
+    truths = read_truths(Path(study.images.source))
     with reading(database) as session:
         names = {row[0]: row[1] for row in session.execute(sqlalchemy.select(col(Picture.token), col(Picture.image_id)))}
     if missing := [i for i in names.values() if i not in truths]:
-        raise ValueError(
-            f"image {missing[0]}: no truth is known of it; simulated raters answer for rendered figures (images.from: figures)"
-        )
+        raise ValueError(f"image {missing[0]}: no truth is known of it")
     with serving(study, database) as address:
         links = [invitation(study, database, f"simulated-{n:03d}", "rater", address) for n in range(count)]
         done = run_raters(address, links, study, truths.__getitem__, names)

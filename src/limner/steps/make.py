@@ -117,7 +117,7 @@ def score(run: Run) -> None:
 
 def examples(run: Run, name: str) -> None:
     """Choose the examples of a stage."""
-    from limner.examples.curriculum import make_examples
+    from limner.examples.curriculum import FEEDBACK, make_examples
 
     stage, folder = run.recipe.stages[name], run.out / "examples" / name
     earlier = {r.source for r in (stage.winner, stage.loser) if r and r.source in run.recipe.stages}
@@ -125,6 +125,9 @@ def examples(run: Run, name: str) -> None:
     scores = [p for s in _sources(run) if is_complete(p := run.out / "scores" / s)] if by else []
     used = {r.source for r in (stage.winner, stage.loser) if r}
     sources = {k: v for k, v in _sources(run).items() if k in used}
+    if FEEDBACK in used:
+        preferred = Path(run.recipe.feedback) / "preferences"
+        sources[FEEDBACK], scores = preferred / "images", [*scores, preferred / "scores"]
     counts = make_examples(
         name, stage, folder, prompts=run.out / "prompts/train", sources=sources, scores=scores,
         stages={n: run.out / "examples" / n for n in earlier},

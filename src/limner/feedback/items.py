@@ -1,0 +1,177 @@
+"""The items of a study, made of images: one, several of a prompt, or two side by side; in order, balanced, with gold."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from limner import seeds
+from limner.feedback.study import Pictures, Study
+from limner.inputs import iter_prompts
+from limner.records import Image, Score
+from limner.store import is_complete, read_manifest, read_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """What a rater answers at once: one image, several of a prompt, or two. Images are named; their pixels are read when shown.
+
+    gold: the known answer; message: what raters are told of it.
+    """
+
+    key: str
+    text: str
+    images: tuple[str, ...]
+    gold: dict[str, Any] | None = None
+    message: str = ""
+
+
+def iter_images(path: str) -> Iterator[Image]:
+    """Images of a step's folder, or of what `limner.inputs` reads.
+
+    Raises:
+        ValueError: neither; a step's folder that holds no images or is not complete.
+    """
+    folder = Path(path)
+    if not (folder / "manifest.json").is_file():
+        for prompt in iter_prompts(folder, "train", need_images=True):
+            yield Image(id=prompt.id, prompt_id=prompt.id, text=prompt.text, image=prompt.image or b"")
+        return
+    if not is_complete(folder):
+        raise ValueError(f"{path} is not complete; run the step that makes it to its end first")
+    if read_manifest(folder)["kind"] == "prompts":
+        raise ValueError(f"{path} holds prompts; expected a step that makes images, such as pool or generate")
+    yield from read_rows(folder, Image)
+
+
+def make_items(study: Study) -> tuple[list[Item], dict[str, int]]:
+    """The items of a study in the order in which they are given out, and how many were left out and why.
+
+    Images of side-by-side items: the one from `from` first.
+
+    Raises:
+        ValueError: nothing is left, gold about an image that is not shown, or a file that cannot be read.
+    """
+    named = [replace(i, image=b"") for i in iter_images(study.images.source)]
+    ids = [i.id for i in named]
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{study.images.source}: image id {next(i for i in ids if ids.count(i) > 1)} is there twice")
+    dropped: dict[str, int] = {}
+    found = {"rich": _single, "choice": _groups, "side": _sides}[study.task](study, named, dropped)
+    gold = _read_gold(study)
+    if missing := sorted(gold.keys() - {i.key for i in found}):
+        raise ValueError(f"{study.gold.source}: {missing[0]!r} is no item of this study ({len(missing)} such)")
+    golden = [replace(i, gold=gold[i.key]["answer"], message=str(gold[i.key].get("message", ""))) for i in found if i.key in gold]
+    plain = [i for i in found if i.key not in gold]
+    rng = np.random.default_rng(seeds.seed_of(study.seed, "study"))
+    if study.order == "random":
+        plain = [plain[i] for i in rng.permutation(len(plain))]
+    if study.images.balance:
+        plain = _balanced(plain, study.images, rng, dropped)
+    if study.images.limit and len(plain) > study.images.limit:
+        dropped["beyond images.limit"] = len(plain) - study.images.limit
+        plain = plain[: study.images.limit]
+    if not plain:
+        raise ValueError(f"no items: {', '.join(f'{why} ({n})' for why, n in dropped.items()) or 'all are gold'}")
+    return plain + golden, dropped
+
+
+def _single(study: Study, images: list[Image], dropped: dict[str, int]) -> list[Item]:
+    return [Item(key=i.id, text=i.text, images=(i.id,)) for i in images]
+
+
+def _groups(study: Study, images: list[Image], dropped: dict[str, int]) -> list[Item]:
+    groups: dict[str, list[Image]] = {}
+    for image in images:
+        groups.setdefault(image.prompt_id, []).append(image)
+    if few := sum(len(g) < 2 for g in groups.values()):
+        dropped["fewer than 2 images of a prompt"] = few
+    chosen = [g[: study.images.each] for g in groups.values() if len(g) > 1]
+    return [Item(key=g[0].id, text=g[0].text, images=tuple(i.id for i in g)) for g in chosen]
+
+
+def _sides(study: Study, images: list[Image], dropped: dict[str, int]) -> list[Item]:
+    other = {(i.prompt_id, i.k): i.id for i in iter_images(study.images.against)}
+    found = [Item(key=i.id, text=i.text, images=(i.id, other[i.prompt_id, i.k])) for i in images if (i.prompt_id, i.k) in other]
+    if len(found) < len(images):
+        dropped["no image of the prompt in images.against"] = len(images) - len(found)
+    return found
+
+
+def _read_gold(study: Study) -> dict[str, dict[str, Any]]:
+    if not study.gold.source:
+        return {}
+    found = {}
+    for i, line in enumerate(Path(study.gold.source).read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            found[str(row["image_id"])] = {**row, "answer": dict(row["answer"])}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{study.gold.source}: line {i}: expected an object with image_id and answer ({error})") from error
+    return found
+
+
+def _balanced(items: list[Item], images: Pictures, rng: np.random.Generator, dropped: dict[str, int]) -> list[Item]:
+    """Items in turns from every combination of the columns' values, so that any beginning of the list is balanced; the rarest ends it."""
+    columns = _read_columns(images)
+    known = [i for i in items if i.key in columns]
+    if len(known) < len(items):
+        dropped["not in images.table"] = len(items) - len(known)
+    cuts: dict[str, np.ndarray] = {}
+    for name in images.balance:
+        numbers = {v for i in known if isinstance(v := columns[i.key].get(name), int | float)}
+        if len(numbers) > images.bins:
+            values = [float(columns[i.key][name]) for i in known if isinstance(columns[i.key].get(name), int | float)]
+            cuts[name] = np.quantile(values, np.linspace(0, 1, images.bins + 1)[1:-1])
+    cells: dict[tuple, list[Item]] = {}
+    for item in known:
+        row = columns[item.key]
+        cell = tuple(int(np.searchsorted(cuts[n], row[n])) if n in cuts and row.get(n) is not None else row.get(n) for n in images.balance)
+        cells.setdefault(cell, []).append(item)
+    names = sorted(cells, key=str)
+    if not names:
+        return []
+    rounds = min(len(c) for c in cells.values()) if not images.limit else max(len(c) for c in cells.values())
+    chosen = [cells[names[k]][r] for r in range(rounds) for k in rng.permutation(len(names)) if r < len(cells[names[k]])]
+    if len(chosen) < len(known):
+        dropped["more of a kind than of the rarest"] = len(known) - len(chosen)
+    return chosen
+
+
+def _read_columns(images: Pictures) -> dict[str, Mapping[str, Any]]:
+    """Rows of the table by image id."""
+    path, rows = Path(images.table), list[dict[str, Any]]()
+    if (path / "manifest.json").is_file():
+        scores: dict[str, dict[str, Any]] = {}
+        for score in read_rows(path, Score):
+            scores.setdefault(score.image_id, {"image_id": score.image_id})[score.scorer] = score.score
+        rows = list(scores.values())
+    elif path.suffix == ".csv":
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    elif path.suffix == ".jsonl":
+        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    elif path.suffix == ".parquet":
+        rows = pq.read_table(path).to_pylist()
+    else:
+        raise ValueError(f"images.table: {path}: expected .csv, .jsonl, .parquet or a folder of scores")
+    for name in ("image_id", *images.balance):
+        if not rows or not any(name in row for row in rows):
+            raise ValueError(f"images.table: {path}: no column {name}; found {', '.join(rows[0]) if rows else 'no rows'}")
+    return {str(row["image_id"]): row for row in rows}
+
+
+def _number(text: Any) -> Any:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return text
