@@ -217,7 +217,9 @@ PUBLISHED = {  # kind: sizes, heads, heads of text, nested in state_dict, prefix
     "hps_v2": (H14, 16, 16, True, "", torch.float16),
     "hps_v2_1": (H14, 16, 16, True, "module.", torch.float16),
     "aesthetic_v1": (L14, 16, 12, False, "", torch.float16),
+    "aesthetic_v2": (L14, 16, 12, False, "", torch.float16),
     "clip_iqa_quality": (L14, 16, 12, False, "", torch.float16),
+    "clip_iqa_sharpness": (L14, 16, 12, False, "", torch.float16),
     "clip_score_w": (B32, 12, 8, False, "", torch.float16),
 }
 

@@ -6,13 +6,17 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 pytest.importorskip("anny", reason="the renderer needs the extra `figures`")
 
+from limner.config import Sampler
 from limner.figures import captions, defects, lessons, make, scene
 from limner.figures.body import JOINTS, PARTS, build_meshes
 from limner.figures.render import camera, cast, turn
+from limner.models.stable_diffusion import wrap
+from tiny import tiny_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +165,24 @@ def test_heatmaps_peak_at_the_joints_and_mirror_with_them():
     assert heat[right].max() == 0
     mirrored = lessons.heatmaps(lessons.mirror_joints([(left, 8.5 / 32, 16.5 / 32)]))
     assert mirrored[right].argmax() == 16 * 32 + 23
+
+
+def test_a_picture_and_its_copy_take_the_same_path(tmp_path):
+    """Copies equal to their originals come out equal; t = 0 is the autoencoder alone; a second call needs no model."""
+    rng = np.random.default_rng(3)
+    one = rng.integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    both = np.stack([one, one])
+    pipeline = wrap(tiny_pipeline(), device="cpu")
+    sampler = Sampler(num_inference_steps=10, guidance_scale=1.0)
+
+    def path(model):
+        found = lessons.Lessons(["a man"] * 3, ["a woman"] * 3, np.zeros((3, 1), int), {"raw": both}, [], np.zeros((3, 16, 16), bool))
+        lessons.add_paths(found, model, tmp_path / "paths", 0, sampler, batch=1)
+        return found.images["recon"]
+
+    made = path(pipeline)
+    assert (made[0] == made[1]).all()
+    x = torch.from_numpy(one).permute(0, 3, 1, 2).float() / 255
+    alone = pipeline.decode_latents(pipeline.encode_images(x)).permute(0, 2, 3, 1).mul(255).round().byte().numpy()
+    assert (made[0, 0] == alone[0]).all() and (made[0, 1] != alone[1]).any()  # batches of one: t = 0, 100, 200
+    assert (path(None) == made).all()

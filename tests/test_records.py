@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from limner.records import Example, Feedback, Image, Prompt, Score, by_prompt, from_table, schema, to_table
+from limner.records import Choice, Example, Feedback, Image, Prompt, Score, by_prompt, from_table, schema, to_table
 
 ROWS = [
     Prompt(id="a", text="a man, é", image=b"\x00png", truth='{"x": 1}'),
@@ -17,6 +17,7 @@ ROWS = [
     Feedback(id="f", image_id="a/0", rater="r", kind="points", payload="[]", seconds=1.5),
     Example(group="a", role="winner", image_id="a/0", text="t", image=b"i", latents=b"\x01" * 8, shape=(1, 1, 2), weight=0.5, score=1.0),
     Example(group="a", role="loser", image_id="a/1", text="t", image=b"i"),
+    Choice(id="c", prompt_id="a", text="t", kind="choice", said=(1.0, 0.0), files=("x", "y")),
 ]
 
 

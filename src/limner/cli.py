@@ -14,9 +14,11 @@ COMMANDS: dict[str, str] = {
     "run": "all steps of a recipe; finished ones are skipped",
     "pool": "images of the training prompts to choose from",
     "reconstruct": "real images noised and denoised (SDRecon)",
-    "score": "score pool and reconstructions",
+    "score": "score pool and reconstructions; or, without a recipe, --images PATH --scorers NAME=WEIGHTS ... --output_dir OUT",
+    "caption": "caption photos with a vision-language model; needs no recipe",
     "examples": "choose winners and losers (--stage)",
     "train": "train a stage (--stage)",
+    "scorer": "preference scorers of your own: import, export, train, evaluate",
     "generate": "images of the evaluation prompts from base and stages",
     "evaluate": "measure and compare; metrics.json",
     "report": "report.html and the table",
@@ -35,8 +37,6 @@ def parser() -> argparse.ArgumentParser:
         )
         if name == "env":
             continue
-        if name == "figures":
-            c.add_argument("action", choices=["make"])
         if name == "annotate":
             c.add_argument("action", choices=["serve", "invite", "import", "export", "consolidate", "simulate"])
             c.add_argument(
@@ -46,6 +46,10 @@ def parser() -> argparse.ArgumentParser:
             c.add_argument("--role", default="rater", choices=["rater", "admin"], help="invite: as what")
             c.add_argument("--count", type=int, default=3, help="simulate: how many")
             c.add_argument("--ties_misaligned", action="store_true", help="consolidate: words marked by half of the raters are misaligned")
+        if name == "scorer":
+            c.add_argument("action", choices=["import", "export", "train", "evaluate"])
+        if name == "figures":
+            c.add_argument("action", choices=["make", "hps"])
         c.add_argument("recipe", nargs="?", help="a YAML file")
         c.add_argument("--config", help="the same")
         c.add_argument("--print_config", action="store_true", help="print every value and stop")
@@ -57,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+WITHOUT_RECIPE = ("--images", "--scorers", "--serve")  # options of `limner score` that say so
 OPTIONS = (
     "--help", "--config", "--print_config", "--dry_run", "--stage", "--shard", "--file", "--rater", "--role", "--count",
     "--ties_misaligned",
@@ -81,15 +86,25 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    own, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(own)
+    words = list(sys.argv[1:] if argv is None else argv)
+    own, overrides = split_overrides(words)
+    without_recipe = words[:1] == ["caption"] or (words[:1] == ["score"] and any(w.partition("=")[0] in WITHOUT_RECIPE for w in words))
+    args = argparse.Namespace(command=words[0]) if without_recipe else parser().parse_args(own)
     try:
-        return dispatch(args, overrides)
+        return direct(words) if without_recipe else dispatch(args, overrides)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"limner {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def direct(words: Sequence[str]) -> int:
+    """Commands without a recipe."""
+    from limner.steps import direct
+
+    quiet_libraries()
+    return (direct.caption if words[0] == "caption" else direct.score_files)(words[1:])
 
 
 def dispatch(args: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -99,11 +114,18 @@ def dispatch(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     if args.command == "env":
         return print_environment()
     path = args.recipe or args.config
+    if args.command == "scorer":
+        from limner.steps.scorer import scorer
+
+        return scorer(args.action, path, overrides, print_config=args.print_config, dry_run=args.dry_run)
     if not path:
         raise ValueError("which recipe? e.g. limner run recipes/figures/demo.yaml")
     if args.command == "figures":
+        from limner.figures.hps import run_hps
         from limner.figures.world import make_world
 
+        if args.action == "hps":
+            return run_hps(Path(path), overrides, print_config=args.print_config)
         return make_world(Path(path), overrides, print_config=args.print_config)
     if args.command == "annotate":
         return dispatch_annotate(args, path, overrides)

@@ -104,7 +104,7 @@ class Pool:
 
 ScorerKind = Literal[
     "clip", "dual", "reader", "clip_cosine", "clip_score", "clip_score_w", "hps_v1", "hps_v2", "hps_v2_1", "pickscore", "aesthetic_v1",
-    "aesthetic_v2", "clip_iqa_quality", "clip_iqa_sharpness",
+    "aesthetic_v2", "clip_iqa_quality", "clip_iqa_sharpness", "image_reward", "cycle_reward", "judge",
 ]  # fmt: skip
 
 
@@ -115,11 +115,13 @@ class ScorerSpec:
     Args:
         kind: clip (a transformers CLIPModel folder), dual (a `limner scorer` folder), reader, or a published score: clip_cosine, clip_score
             (100 · cosine, at least 0), clip_score_w (2.5 · cosine, at least 0), hps_v1, hps_v2, hps_v2_1, pickscore, aesthetic_v1,
-            aesthetic_v2, clip_iqa_quality, clip_iqa_sharpness.
+            aesthetic_v2, clip_iqa_quality, clip_iqa_sharpness, image_reward, cycle_reward; or judge (a vision-language model).
         path: a folder, or figures/<name> for an embedded one; of a published score the file or CLIPModel folder of its weights.
         tower: of the aesthetic scores: OpenAI's CLIP ViT-L/14, a folder or file, under the head in `path`.
         tokenizer: folder of the tokenizer of a single file ("" = beside it).
         activation: of a single file for clip_cosine or clip_score: quick_gelu if its weights descend from OpenAI's, gelu if from LAION's.
+        model: of a judge whose `path` is the address of an endpoint (http://...): as that calls it.
+        template: of a judge: pointwise (1 to 5) or yes (probability that the image shows the prompt).
     """
 
     kind: ScorerKind = "clip"
@@ -127,6 +129,8 @@ class ScorerSpec:
     tower: str = ""
     tokenizer: str = ""
     activation: Literal["", "quick_gelu", "gelu"] = ""
+    model: str = ""
+    template: Literal["pointwise", "yes"] = "pointwise"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ Columns `id`, `split` and `truth` are used where they are; others are ignored. R
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -29,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from limner.images import image_size
-from limner.records import Prompt
+from limner.records import Image, Prompt
 
 FORMATS = (
     ".txt, .csv, .tsv, .jsonl, .parquet or .tar; a folder of .parquet or .tar shards; "
@@ -39,7 +40,7 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SPLIT_NAME = re.compile(r"(?:^|[-_.])(train|validation|test)[-_.]")
 
 Values = tuple[str, dict[str, Any]]  # where a row stands (for messages), and its columns
-Find = Callable[[Iterable[str], Path], tuple[str, str | None]]  # a file's columns to those of caption and image
+Find = Callable[[Iterable[str], Path], tuple[Any, Any]]  # a file's columns to those of caption and image
 
 
 def read_prompts(
@@ -88,15 +89,83 @@ def iter_prompts(
                 image=_image(values.get(chosen[1]), chosen[1], file, where, need_images) if chosen[1] else None,
                 truth=truth if truth is None or isinstance(truth, str) else json.dumps(truth, ensure_ascii=False),
             )
-            if prompt.id in seen:
-                raise ValueError(f"{where}: id {prompt.id!r} was used before, at {seen[prompt.id]}; ids must differ")
-            seen[prompt.id] = where
+            _note(seen, prompt.id, where)
             yield prompt
             if len(seen) == limit:
                 return
     if not seen:
         others = ", ".join(f"{name}: {n}" for name, n in other_splits.items())
         raise ValueError(f"{path}: no prompts" + (f" of split {split!r} (the column split has {others})" if others else ""))
+
+
+def iter_images(
+    path: str | Path, *, caption_column: str = "", image_column: str = "", read: Callable[[int], bool] | None = lambda position: True
+) -> Iterator[Image]:
+    """The images of any split, with their captions where there are any ("" elsewhere), one at a time; images are not looked into.
+
+    Reads what `iter_prompts` does, folders of images alone, and a single image; of the positions that `read` names (None = none: to count,
+    and to find bad rows). Ids come from a column `id`, or are the image's name in the table or its path in the folder, or its position;
+    `prompt_id` from such a column, or it is a hash of the caption. Errors as for `iter_prompts`; a caption or an image may be missing.
+    """
+    columns: dict[Path, tuple[str | None, str]] = {}
+
+    def find(names: Iterable[str], file: Path) -> tuple[str | None, str]:
+        if file not in columns:
+            columns[file] = _find_image(caption_column, image_column, read is not None, names, file)
+        return columns[file]
+
+    seen: dict[str, str] = {}
+    for file in _image_files(Path(path)):
+        for where, values in _image_rows(file, find):
+            caption, column = find(values, file)
+            text = values.get(caption) if caption else ""
+            if text is not None and not isinstance(text, str):
+                raise ValueError(f"{where}: {caption} is {type(text).__name__}; expected text")
+            text, value = (text or "").strip(), values.get(column)
+            name, wanted = f"{len(seen):06d}", read is not None and read(len(seen))
+            if isinstance(value, str) and value:
+                name, value = value, _target(value, column, file, where, True)
+            if isinstance(value, Path):
+                value = _bytes(value) if wanted else None
+            elif wanted:
+                value = _image(value, column, file, where, False)
+            row = _id(values["id"], where) if "id" in values else name
+            _note(seen, row, where)
+            prompt = str(values.get("prompt_id") or (hashlib.sha256(text.encode()).hexdigest()[:16] if text else ""))
+            yield Image(id=row, prompt_id=prompt, text=text, image=value if wanted and isinstance(value, bytes) else b"")
+    if not seen:
+        raise ValueError(f"{path}: no images")
+
+
+def _find_image(caption_column: str, image_column: str, pixels: bool, names: Iterable[str], file: Path) -> tuple[str | None, str]:
+    """Columns of the caption, if there is one, and of the image ("" of a parquet file whose images are not wanted)."""
+    if file.is_dir() or file.suffix.lower() in IMAGES:
+        return "text", "image"
+    found, images = list(names), (image_column,) if image_column else ("image", "file_name")
+    captions = (caption_column,) if caption_column else ("text", "caption", "prompt")
+    caption, image = (next((n for n in wanted if n in found), None) for wanted in (captions, images))
+    if image is None:
+        raise ValueError(f"{file}: no image column {' or '.join(images)} (found: {', '.join(found)}); set --image_column")
+    if caption is None and caption_column:
+        raise ValueError(f"{file}: no caption column {caption_column} (found: {', '.join(found)}); set --caption_column")
+    return caption, image if pixels or file.suffix != ".parquet" else ""
+
+
+def _image_files(path: Path) -> list[Path]:
+    alone = path.is_dir() and not any(f.suffix in (".parquet", ".tar") or f.stem == "metadata" for f in path.iterdir())
+    return [path] if alone and _images_below(path) else _files(path, "")
+
+
+def _image_rows(file: Path, find: Find) -> Iterator[Values]:
+    """As `_rows`; images of a folder need no caption beside them, and are named, not read."""
+    if not file.is_dir() and file.suffix.lower() not in IMAGES:
+        yield from _rows(file, find)
+        return
+    for image in _images_below(file) if file.is_dir() else [file]:
+        caption = image.with_suffix(".txt")
+        text = " ".join(_utf8(_bytes(caption), str(caption)).split()) if caption.is_file() else ""
+        name = image.relative_to(file).as_posix() if file.is_dir() else image.name
+        yield str(image), {"id": name, "text": text, "image": image}
 
 
 def _find(caption_column: str, image_column: str, need_images: bool, names: Iterable[str], file: Path) -> tuple[str, str | None]:
@@ -129,6 +198,12 @@ def _id(value: Any, where: str) -> str:
     return text
 
 
+def _note(seen: dict[str, str], row: str, where: str) -> None:
+    if row in seen:
+        raise ValueError(f"{where}: id {row!r} was used before, at {seen[row]}; ids must differ")
+    seen[row] = where
+
+
 def _image(value: Any, column: str, file: Path, where: str, needed: bool) -> bytes | None:
     """An image column's value (bytes, {bytes, path}, or a path) to a file's bytes."""
     label = f"{where}: {column}"
@@ -148,13 +223,19 @@ def _image(value: Any, column: str, file: Path, where: str, needed: bool) -> byt
 
 
 def _linked(name: str, column: str, file: Path, where: str, needed: bool) -> bytes | None:
-    """The bytes of an image that a table names. Metadata of an image folder may only name files in that folder."""
+    """The bytes of an image that a table names."""
+    target = _target(name, column, file, where, needed)
+    return _bytes(target) if target else None
+
+
+def _target(name: str, column: str, file: Path, where: str, needed: bool) -> Path | None:
+    """The file that a table names. Metadata of an image folder may only name files in that folder."""
     is_folder = file.stem == "metadata"
     if is_folder and (os.path.isabs(name) or ".." in re.split(r"[/\\]", name)):
         raise ValueError(f"{where}: {column} {name} leads out of the folder; expected a path inside {file.parent}")
     target = file.parent / name
     if os.path.isfile(target):  # unlike Path.is_file also takes a name that is too long, such as an address
-        return _bytes(target)
+        return target
     if is_folder or needed:
         raise ValueError(f"{where}: {column} names {name}, which does not exist in {file.parent}")
     return None
@@ -179,9 +260,9 @@ def _files(path: Path, split: str) -> list[Path]:
 
 
 def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
-    """Published sets keep train-00000.parquet and test-00000.parquet in one folder: reading both as one split would leak the test."""
+    """Published sets keep train-00000.parquet and test-00000.parquet in one folder: reading both as one split ("" = all) would leak."""
     named = {f: match[1] for f in files if (match := SPLIT_NAME.search(f.name))}
-    if not named:
+    if not named or not split:
         return files
     chosen = [f for f in files if named.get(f) == split]
     if not chosen:
@@ -266,7 +347,7 @@ def _parquet_rows(file: Path, find: Find) -> Iterator[Values]:
     try:
         with pq.ParquetFile(file) as parquet:
             names = parquet.schema_arrow.names
-            wanted = {"id", "split", "truth", *find(names, file)}
+            wanted = {"id", "split", "truth", "prompt_id", *find(names, file)}
             for batch in parquet.iter_batches(64, columns=[n for n in names if n in wanted]):
                 for values in batch.to_pylist():
                     yield f"{file}: row {row}", values

@@ -86,11 +86,34 @@ class Example:
     source: str = ""
 
 
-Row = TypeVar("Row", Prompt, Image, Score, Feedback, Example)
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What one rater, or several together, said of K images of a prompt. What a scorer learns from and is judged by.
+
+    kind: choice: `said` holds each image's share of being the chosen one, sum 1 (one-hot: somebody chose; 0.5, 0.5: a tie), and nothing is
+    known of those that were not chosen; ranking: `said` holds ranks, lower is better, equal ones are ties.
+    files: K names, relative to the folder of images; images: K encoded images, or none where they lie in files; generators: K names of
+    what made them, or none; weight: of this row in a loss.
+    """
+
+    id: str
+    prompt_id: str
+    text: str
+    kind: str
+    said: tuple[float, ...]
+    files: tuple[str, ...]
+    images: tuple[bytes, ...] = ()
+    generators: tuple[str, ...] = ()
+    rater: str = ""
+    weight: float = 1.0
+
+
+Row = TypeVar("Row", Prompt, Image, Score, Feedback, Example, Choice)
 
 _TYPES: dict[str, pa.DataType] = {
     "str": pa.string(), "str | None": pa.string(), "bytes": pa.binary(), "bytes | None": pa.binary(), "int": pa.int64(),
     "int | None": pa.int64(), "float": pa.float64(), "float | None": pa.float64(), "tuple[int, ...]": pa.list_(pa.int64()),
+    "tuple[float, ...]": pa.list_(pa.float64()), "tuple[str, ...]": pa.list_(pa.string()), "tuple[bytes, ...]": pa.list_(pa.binary()),
 }  # fmt: skip
 
 
@@ -120,8 +143,9 @@ def from_table(kind: type[Row], table: pa.Table, where: str = "") -> list[Row]:
         for name in names:
             if values[name] is None and "None" not in str(required[name].type):
                 raise ValueError(f"{where or 'table'}: row {i}: {name} is empty")
-        if "shape" in values:
-            values["shape"] = tuple(values["shape"])
+        for name in names:
+            if isinstance(values[name], list):
+                values[name] = tuple(values[name])
         rows.append(kind(**values))
     return rows
 

@@ -182,7 +182,8 @@ class Rows(Generic[Row]):
     """The rows of a step's folder by number, read a shard at a time when asked for: a folder of photos need not fit into memory."""
 
     def __init__(self, folder: Path, kind: type[Row], limit: int = 0):
-        self.kind, self.paths = kind, shards(folder)
+        self.kind: type[Row] = kind
+        self.paths = shards(folder)
         self.ends = list(accumulate(pq.read_metadata(p).num_rows for p in self.paths))
         self.length = min(limit or 1 << 62, self.ends[-1] if self.ends else 0)
         self._last: tuple[int, list[Row]] = (-1, [])

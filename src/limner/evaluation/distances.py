@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import xlogy
 from torch import Tensor
 
 from limner.images import check_images
@@ -78,6 +79,25 @@ def frechet(features_a: NDArray, features_b: NDArray) -> float:
     cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(min=0)).sum()
     distance = difference @ difference + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
     return max(0.0, float(distance))  # equal sets: zero but for rounding
+
+
+def class_score(probabilities: NDArray) -> float:
+    """exp of the mean KL divergence of an image's class probabilities from those of the set: the formula of the Inception Score (arXiv
+    1606.03498), on whatever classifier made them; only Inception's 1,000 classes make it that score.
+
+    Args:
+        probabilities: (n, C), rows sum to 1.
+
+    Returns:
+        1 (all alike) to C.
+
+    Raises:
+        ValueError: rows that are no probabilities.
+    """
+    p = _features(probabilities, "probabilities")
+    if (p < 0).any() or np.abs(p.sum(1) - 1).max() > 1e-3:
+        raise ValueError("probabilities: rows must be 0 or more and sum to 1")
+    return float(np.exp((xlogy(p, p) - xlogy(p, p.mean(0))).sum(1).mean()))
 
 
 def _covariance(x: Array) -> Array:

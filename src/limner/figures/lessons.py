@@ -1,7 +1,7 @@
 """What scorers and reader learn from: figures with known truth, taken through the paths that a generated image takes.
 
-Each picture exists raw, through the autoencoder, and reconstructed by the base model from a small timestep (SDRecon). A
-sound picture and its defective copy always take the same path, so the path gives nothing away.
+Each picture exists raw and as the base model would have made it: through the autoencoder alone (t = 0) or reconstructed from a
+small timestep (SDRecon). A sound picture and its defective copy always take the same path, so the path gives nothing away.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from limner.figures.scene import ATTRIBUTES
 from limner.models.stable_diffusion import Pipeline
 from limner.pool.sample import denoise
 
-RECONSTRUCTED = (100, 200, 300, 400)  # timesteps: small enough that what was sound stays sound
+RECONSTRUCTED = (0, 100, 200, 400)  # timesteps, by batch: 0 = the autoencoder alone; small enough that what was sound stays sound
 _MIRROR = [JOINTS.index(n.replace("left", "r_i_ght").replace("right", "left").replace("r_i_ght", "right")) for n in JOINTS]
 
 
 @dataclass
 class Lessons:
-    """N pictures with their defective copies. images: path name ("raw", "vae", "recon") to (2, N, 64, 64, 3) uint8, sound first.
+    """N pictures with their defective copies. images: path name ("raw", "recon") to (2, N, 64, 64, 3) uint8, sound first.
 
     heat: joints (kind, row, joint, x, y) of what can be seen, kind 0 = sound, 1 = defective; mask (N, 64, 64) bool of the defect.
     """
@@ -67,35 +67,33 @@ def load_lessons(files: Sequence[Path]) -> Lessons:
 
 @torch.no_grad()
 def add_paths(lessons: Lessons, pipeline: Pipeline, folder: Path, seed: int, sampler: Sampler, batch: int = 64) -> None:
-    """Add the paths "vae" and "recon" to `lessons.images`; kept in `folder` so that a second run reads them.
+    """Add the path "recon" to `lessons.images`; kept in `folder`, a file a batch, so that a second run goes on or reads them.
 
     A sound picture and its copy get the same timestep and the same noise. Captions guide the reconstruction.
     """
     folder.mkdir(parents=True, exist_ok=True)
     raw = lessons.images["raw"]
-    for path in ("vae", "recon"):
-        done = folder / f"{path}.npy"
+    made = np.empty_like(raw)
+    for start in range(0, len(lessons), batch):
+        rows, done = list(range(start, min(start + batch, len(lessons)))), folder / f"{start:06d}.npy"
         if not done.is_file():
-            out = np.empty_like(raw)
-            for start in range(0, len(lessons), batch):
-                rows = list(range(start, min(start + batch, len(lessons))))
-                both = torch.from_numpy(raw[:, rows].reshape(-1, *raw.shape[2:])).permute(0, 3, 1, 2).float() / 255
-                latents = pipeline.encode_images(both)
-                if path == "recon":
-                    latents = _reconstruct(pipeline, latents, [lessons.prompts[i] for i in rows], rows, seed, sampler)
-                pixels = (pipeline.decode_latents(latents) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-                out[:, rows] = pixels.reshape(2, len(rows), *raw.shape[2:])
-                print(f"{folder.name} {path} {rows[-1] + 1}/{len(lessons)}", flush=True)
-            np.save(folder / f".{path}.partial.npy", out)
-            (folder / f".{path}.partial.npy").rename(done)
-        lessons.images[path] = np.load(done, mmap_mode="r")
+            both = torch.from_numpy(raw[:, rows].reshape(-1, *raw.shape[2:])).permute(0, 3, 1, 2).float() / 255
+            latents = pipeline.encode_images(both)
+            if t := RECONSTRUCTED[start // batch % len(RECONSTRUCTED)]:
+                latents = _reconstruct(pipeline, latents, [lessons.prompts[i] for i in rows], rows, t, seed, sampler)
+            pixels = (pipeline.decode_latents(latents) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+            partial = done.with_suffix(".partial.npy")
+            np.save(partial, pixels.reshape(2, len(rows), *raw.shape[2:]))
+            partial.rename(done)
+            print(f"paths {folder.name} {rows[-1] + 1}/{len(lessons)}", flush=True)
+        made[:, rows] = np.load(done)
+    lessons.images["recon"] = made
 
 
 def _reconstruct(
-    pipeline: Pipeline, latents: torch.Tensor, prompts: list[str], rows: list[int], seed: int, sampler: Sampler
+    pipeline: Pipeline, latents: torch.Tensor, prompts: list[str], rows: list[int], t: int, seed: int, sampler: Sampler
 ) -> torch.Tensor:
-    """Noise sound and defective latents (2n, C, h, w) alike and denoise them; the batch shares one timestep."""
-    t = RECONSTRUCTED[(rows[0] // len(rows)) % len(RECONSTRUCTED)]
+    """Noise sound and defective latents (2n, C, h, w) alike to t and denoise them."""
     noise = seeds.noise(latents.shape[1:], [(seed, "lessons", i) for i in rows]).repeat(2, 1, 1, 1)
     noisy = pipeline.add_noise(latents, noise, torch.full((len(latents),), t))
     text = pipeline.encode_text(prompts).repeat(2, 1, 1)

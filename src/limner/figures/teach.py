@@ -19,7 +19,7 @@ from limner.scorers.dual import DualConfig, DualEncoder, tokenize, vocabulary_of
 from limner.scorers.losses import contrastive, pickscore
 from limner.scorers.reader import PEAK, FigureReader, Reader, measure_limits, peaks
 
-PATHS, ODDS = ("raw", "vae", "recon"), (0.2, 0.4, 0.4)
+PATHS, ODDS = ("raw", "recon"), (0.25, 0.75)
 
 
 def _resume(folder: Path, model: torch.nn.Module, lr: float, steps: int, warmup: int = 50) -> tuple[Optimisation, int]:

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 from limner.images import check_images
 from limner.scorers.convert import VIT_H_14, VIT_L_14, Activation, Tower, build_clip, openai_to_clip, tower_of
+from limner.scorers.protocol import checked_prompts
 from limner.scorers.tower import ClipTower, Crop, find_tokenizer
 from limner.scorers.weights import compare, read_weights
 from limner.store import sha256
@@ -118,6 +120,10 @@ class ClipScorer:
         """The transformers CLIPModel."""
         return self.tower.model
 
+    def to_device(self, device: str) -> None:
+        """Move the tower."""
+        self.tower.to_device(device)
+
     @property
     def _scale(self) -> float:
         return self.tower.scale if self._how.scale is None else self._how.scale
@@ -137,15 +143,21 @@ class ClipScorer:
             UserWarning: how many prompts are longer than the context.
         """
         check_images(images)
+        return self._scores(images, prompts, differentiable).to(images.device)
+
+    def score_pictures(self, pictures: Sequence[Image.Image], prompts: Sequence[str | None]) -> list[float]:
+        """As `PictureScorer`: sizes may differ within a batch."""
+        return self._scores(pictures, prompts, False).tolist()
+
+    def _scores(self, images: Tensor | Sequence[Image.Image], prompts: Sequence[str | None] | None, differentiable: bool) -> Tensor:
         texts: list[str] = []
         if self._how.pair:
             texts = list(self._how.pair)
         elif self.needs_prompt:
-            texts = [self._how.prefix + p for p in self._checked(prompts, len(images))]
+            texts = [self._how.prefix + p for p in checked_prompts(self.name, self.metric, prompts, len(images))]
         text = self.tower.encode_texts(texts) if texts else None
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-            image = self.tower.encode_images(images, differentiable)
-            return self._score(image, text).float().to(images.device)
+            return self._score(self.tower.encode_images(images, differentiable), text).float()
 
     def _score(self, image: Tensor, text: Tensor | None) -> Tensor:
         """Unit vectors (B, D) of images, and of their prompts or the pair, to (B,)."""
@@ -156,15 +168,6 @@ class ClipScorer:
             return (100 * (image @ text.T)).softmax(1)[:, 0]
         cosine = (image * text).sum(1)
         return self._scale * (cosine.clamp(min=0) if self._how.floor else cosine)
-
-    def _checked(self, prompts: Sequence[str | None] | None, count: int) -> list[str]:
-        found = [p for p in prompts or () if p is not None]
-        if prompts is None or len(found) < len(prompts):
-            at = "" if prompts is None else f" (image {list(prompts).index(None)} has none)"
-            raise ValueError(f"scorer {self.name}: {self.metric} needs a prompt for every image{at}; give one, or choose a scorer without")
-        if len(found) != count:
-            raise ValueError(f"scorer {self.name}: {count} images but {len(found)} prompts; expected one each")
-        return found
 
 
 def load_scorer(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+from PIL import Image
 from torch import Tensor
 
 
@@ -32,3 +34,36 @@ class Scorer(Protocol):
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] and B prompts to scores (B,), float32."""
         ...
+
+
+class PictureScorer(Scorer, Protocol):
+    """A scorer that takes decoded pictures of unequal sizes in one batch, or that may have no answer; not all do."""
+
+    def score_pictures(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Sequence[float | str]:
+        """Of each RGB picture its score, or the reason why there is none."""
+        ...
+
+
+def describe(scorer: Scorer) -> dict[str, Any]:
+    """What a manifest keeps of a scorer: what its numbers mean, and the SHA-256 of the files that made them."""
+    return {
+        "revision": scorer.revision, "metric": getattr(scorer, "metric", ""), 
+        "range": [float(f"{x:.6g}") if math.isfinite(x) else None for x in scorer.range],
+        "higher_is_better": scorer.higher_is_better, "comparable_across_prompts": scorer.comparable_across_prompts,
+        "needs_prompt": scorer.needs_prompt, "files": dict(getattr(scorer, "files", {})),
+    }  # fmt: skip
+
+
+def checked_prompts(name: str, metric: str, prompts: Sequence[str | None] | None, count: int) -> list[str]:
+    """The prompts of `count` images.
+
+    Raises:
+        ValueError: one is missing, or there is another number of them; names the scorer and the image.
+    """
+    found = [p for p in prompts or () if p is not None]
+    if prompts is None or len(found) < len(prompts):
+        at = "" if prompts is None else f" (image {list(prompts).index(None)} has none)"
+        raise ValueError(f"scorer {name}: {metric} needs a prompt for every image{at}; give one, or choose a scorer without")
+    if len(found) != count:
+        raise ValueError(f"scorer {name}: {count} images but {len(found)} prompts; expected one each")
+    return found

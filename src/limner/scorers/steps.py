@@ -2,55 +2,83 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
+import PIL.Image
 import pyarrow as pa
-import torch
 
 from limner.engine import Progress, run_shards
-from limner.images import decode_batch, image_size
+from limner.images import decode, to_tensor
 from limner.records import Image, Score, from_table, to_table
-from limner.scorers.protocol import Scorer
+from limner.scorers.protocol import PictureScorer, Scorer, describe
 from limner.store import input_hash, open_step, read_table, shards
 
 
 def score_images(
     images: Sequence[Image], scorers: Sequence[Scorer], batch_size: int = 64, progress: Progress = lambda n: None
 ) -> list[Score]:
-    """Scores of images by every scorer, scorer by scorer within an image; each image is decoded once.
+    """Scores of images by every scorer, scorer by scorer within an image; each image is decoded once, each distinct prompt read once.
 
-    A score that is not a number becomes a missing one with its reason.
+    What has no score is a missing one with its reason: an image that cannot be read, a prompt that is needed and not there, an answer that
+    is not a number.
     """
-    out: list[Score] = []
-    order = sorted(range(len(images)), key=lambda i: image_size(images[i].image))
-    values: dict[tuple[int, str], float] = {}
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        sizes = [image_size(images[i].image) for i in rows]
-        for size in dict.fromkeys(sizes):
-            same = [i for i, s in zip(rows, sizes) if s == size]
-            pixels = decode_batch([images[i].image for i in same])
-            for scorer in scorers:
-                for i, value in zip(same, scorer(pixels, [images[i].text for i in same]).tolist()):
-                    values[i, scorer.name] = value
-        progress(len(rows))
-    for i, image in enumerate(images):
+    values: dict[tuple[int, str], float | str] = {}
+    for start in range(0, len(images), batch_size):
+        rows = range(start, min(start + batch_size, len(images)))
+        pictures: dict[int, PIL.Image.Image | None] = {}
+        for i in rows:
+            try:
+                pictures[i] = decode(images[i].image, "the image") if images[i].image else None
+            except ValueError as error:
+                values |= {(i, s.name): str(error) for s in scorers}
         for scorer in scorers:
-            value = values[i, scorer.name]
-            finite = bool(torch.isfinite(torch.tensor(value)))
-            out.append(
-                Score(
-                    image_id=image.id, prompt_id=image.prompt_id, scorer=scorer.name, score=value if finite else None,
-                    reason=None if finite else f"the scorer gave {value}", revision=scorer.revision,
-                )
-            )  # fmt: skip
-    return out
+            asked = []
+            for i, picture in pictures.items():
+                if picture is None:
+                    values[i, scorer.name] = "there is no image"
+                elif not images[i].text.strip() and scorer.needs_prompt:
+                    values[i, scorer.name] = "there is no prompt"
+                else:
+                    asked.append((i, picture))
+            found = answers(scorer, [p for _, p in asked], [images[i].text for i, _ in asked]) if asked else []
+            values |= {(i, scorer.name): value for (i, _), value in zip(asked, found)}
+        progress(len(rows))
+    return [_row(image, scorer, values[i, scorer.name]) for i, image in enumerate(images) for scorer in scorers]
+
+
+def keep_answers(scorers: Sequence[Scorer], folder: Path) -> None:
+    """Let scorers that ask someone else keep the answers beside the scores, so that a stop within a shard loses none."""
+    for scorer in scorers:
+        if hasattr(scorer, "keep_answers"):
+            scorer.keep_answers(folder / f"{scorer.name}.answers.jsonl")
+
+
+def answers(scorer: Scorer, pictures: Sequence[PIL.Image.Image], prompts: Sequence[str]) -> Sequence[float | str]:
+    """Of each picture its score, or why there is none. A scorer that takes one size at a time gets a batch a size."""
+    if hasattr(scorer, "score_pictures"):
+        return cast(PictureScorer, scorer).score_pictures(pictures, prompts)
+    values: dict[int, float] = {}
+    for size in dict.fromkeys(p.size for p in pictures):
+        same = [i for i, p in enumerate(pictures) if p.size == size]
+        values |= zip(same, scorer(to_tensor([pictures[i] for i in same]), [prompts[i] for i in same]).tolist())
+    return [values[i] for i in range(len(pictures))]
+
+
+def _row(image: Image, scorer: Scorer, value: float | str) -> Score:
+    reason = value if isinstance(value, str) else None if math.isfinite(value) else f"the scorer gave {value}"
+    return Score(
+        image_id=image.id, prompt_id=image.prompt_id, scorer=scorer.name, score=None if reason else float(value), reason=reason,
+        revision=scorer.revision,
+    )  # fmt: skip
 
 
 def make_scores(images_folder: Path, folder: Path, scorers: Sequence[Scorer], batch_size: int = 64, part: tuple[int, int] = (0, 1)) -> None:
     """Score every image of a step's folder; shards follow the images' shards."""
-    config = {"scorers": {s.name: s.revision for s in scorers}, "batch_size": batch_size}
+    config = {"scorers": {s.name: describe(s) for s in scorers}, "batch_size": batch_size}
+    keep_answers(scorers, folder)
     step = open_step(folder, "scores", config, {"images": input_hash(images_folder)})
     tasks = shards(images_folder)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,7 +59,9 @@ class Run:
     @cached_property
     def scorers(self) -> dict[str, Scorer]:
         """The recipe's scorers (readers are not scorers)."""
-        return {n: load_scorer(n, s) for n, s in self.recipe.scorers.items() if s.kind != "reader"}
+        found = {n: load_scorer(n, s) for n, s in self.recipe.scorers.items() if s.kind != "reader"}
+        to_device(list(found.values()), self.recipe.model.device)
+        return found
 
     @property
     def timesteps(self) -> list[int]:
@@ -105,13 +108,26 @@ def load_model(recipe: Recipe, source: str = "") -> Pipeline:
 
 def load_scorer(name: str, spec: ScorerSpec) -> Scorer:
     """A scorer that a recipe names."""
-    from limner.scorers import clip, dual
+    from limner.scorers import backends, blip, clip, dual, judge
 
+    if spec.kind == "judge":
+        return judge.JudgeScorer(name, backends.load_backend(f"scorers.{name}", spec.path, spec.model), spec.template)
     path = resolve(spec.path, name)
     if spec.kind == "dual":
         return dual.load_scorer(path, name)
     tower, tokenizer = (resolve(p, name) if p else None for p in (spec.tower, spec.tokenizer))
+    if spec.kind in blip.REWARDS:
+        return blip.load_scorer(path, name, spec.kind, tokenizer=tokenizer)
     return clip.load_scorer(path, name, spec.kind, tower=tower, tokenizer=tokenizer, activation=spec.activation or None)
+
+
+def to_device(movable: Sequence[object], device: str) -> None:
+    """Put the scorers or backends that can be moved on a device; auto: the best there is."""
+    from limner.models.stable_diffusion import pick_device
+
+    for each in movable:
+        if hasattr(each, "to_device"):
+            each.to_device(pick_device() if device == "auto" else device)
 
 
 def stage_of(recipe: Recipe, name: str) -> Stage:

@@ -1,0 +1,244 @@
+"""The pictures that simulated people choose among: drawn by several generators for one caption, and what is wrong with each."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from limner import seeds
+from limner.config import Sampler, to_dict
+from limner.engine import Progress, run_shards
+from limner.evaluation.distances import sharpness
+from limner.images import encode_png
+from limner.records import Prompt
+from limner.scorers.objective import NewDual, TrainScorer
+from limner.store import is_complete, open_step, read_table, shards
+
+REAL, UNSEEN = "real", "few_steps"  # not among the training choices
+SHARD = 50
+Row = dict[str, Any]
+Paint = Callable[[Sequence[Row]], dict[tuple[str, int], Tensor]]  # rows of a split to (generator, k): pictures (n, 3, H, W)
+Look = Callable[[Tensor, Sequence[dict[str, str]]], dict[str, NDArray]]  # pictures and claims to wrong, defect, features, classes
+DECIDES = ("seed", "world", "base", "early", "early_steps", "reader", "sampler", "few_steps", "reconstruct")  # how pictures look
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hps:
+    """HPS on figures.
+
+    Args:
+        output_dir: every part is written below it.
+        seed: of everything.
+        world: the output folder of `limner figures make`: pictures and autoencoder.
+        base: the pipeline late in training; figures/base is the embedded one.
+        early: the pipeline early in training ("" = trained here).
+        early_steps: of the base model trained here.
+        reader: says what is wrong with pictures that have no truth.
+        splits: choices' split to the world's split that captions come from.
+        prompts: captions a split.
+        choices_per_prompt: each with another rater and other pictures.
+        quality: what a caption wholly missed, a sure defect and all sharpness lost cost.
+        noise: of a rater, in units of quality.
+        tie: a rater whose best two are less than this apart cannot decide.
+        sampler: of the pictures.
+        few_steps: network steps of the generator that training never sees.
+        reconstruct: timesteps of the reconstructions.
+        dual: shape of the tower.
+        tower_steps: of contrastive pre-training.
+        tower_batch: pictures a step.
+        train: what both objectives share.
+    """
+
+    output_dir: str = "runs/hps"
+    seed: int = 0
+    world: str = "runs/world"
+    base: str = "figures/base"
+    early: str = ""
+    early_steps: int = 800
+    reader: str = "figures/reader"
+    splits: dict[str, str] = field(default_factory=lambda: {"train": "scorer", "validation": "judge", "test": "raters"})
+    prompts: dict[str, int] = field(default_factory=lambda: {"train": 2000, "validation": 200, "test": 500})
+    choices_per_prompt: int = 2
+    quality: dict[str, float] = field(default_factory=lambda: {"wrong": 1.5, "defect": 1.5, "blur": 2.0})
+    noise: float = 0.3
+    tie: float = 0.1
+    sampler: Sampler = field(default_factory=lambda: Sampler(num_inference_steps=16, guidance_scale=2.0, batch_size=50))
+    few_steps: int = 5
+    reconstruct: list[int] = field(default_factory=lambda: [300, 600])
+    dual: NewDual = field(default_factory=lambda: NewDual(channels=[32, 64, 128]))
+    tower_steps: int = 1500
+    tower_batch: int = 64
+    train: TrainScorer = field(default_factory=TrainScorer)
+
+
+def resolve(path: str) -> Path:
+    """`figures/<part>` is an embedded part."""
+    from limner.figures.assets import find
+
+    return find(path.removeprefix("figures/")) if path.startswith("figures/") else Path(path)
+
+
+def world_rows(config: Hps, split: str, columns: list[str], limit: int = 0) -> list[Row]:
+    """Rows of a split of the world."""
+    folder = Path(config.world) / "images" / split
+    if not is_complete(folder):
+        raise ValueError(f"world: {folder} is not complete; make it with `limner figures make --only '[images]'`")
+    rows: list[Row] = []
+    for path in shards(folder):
+        rows += pq.read_table(path, columns=columns).to_pylist()
+        if limit and len(rows) >= limit:
+            break
+    return rows[: limit or None]
+
+
+def pixels(data: Sequence[bytes]) -> Tensor:
+    """Encoded pictures of one size to (n, 3, H, W) in [0, 1]."""
+    arrays = np.stack([np.array(Image.open(io.BytesIO(d)).convert("RGB")) for d in data])
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
+
+
+def early_pipeline(config: Hps) -> Path:
+    """The base model early in training, made here if it is not given."""
+    from diffusers import AutoencoderKL
+
+    from limner.figures.base import train_base
+    from limner.figures.world import _save
+
+    if config.early:
+        return resolve(config.early)
+    done = Path(config.output_dir) / "early/pipeline"
+    if not done.is_dir():
+        rows = world_rows(config, "train", ["image", "prompt"])
+        images = (pixels([r["image"] for r in rows]) * 255).byte().permute(0, 2, 3, 1).numpy()
+        autoencoder = AutoencoderKL.from_pretrained(Path(config.world) / "autoencoder/model")
+        pipe = train_base(
+            images, [r["prompt"] for r in rows], autoencoder, done.parent, max_train_steps=config.early_steps, seed=config.seed + 5
+        )
+        _save(done, pipe.save_pretrained)
+    return done
+
+
+def painter(config: Hps) -> Paint:
+    """What draws the candidates: the base late and early in training, its reconstructions, defects through its autoencoder."""
+    from limner.models.stable_diffusion import load_pipeline
+    from limner.pool.sample import Request, denoise, sample
+
+    late, early = load_pipeline(str(resolve(config.base))), load_pipeline(str(early_pipeline(config)))
+    few = replace(config.sampler, num_inference_steps=config.few_steps)
+
+    @torch.no_grad()
+    def paint(rows: Sequence[Row]) -> dict[tuple[str, int], Tensor]:
+        real, defective = pixels([r["image"] for r in rows]), pixels([r["defective_image"] for r in rows])
+        out = {(REAL, 0): real, ("defect", 0): late.decode_latents(late.encode_images(defective)).cpu()}
+        prompts = [Prompt(id=r["id"], text=r["prompt"]) for r in rows]
+        side = real.shape[-1]
+        for name, pipeline, sampler, count in (
+            ("late", late, config.sampler, 2),
+            ("early", early, config.sampler, 2),
+            (UNSEEN, late, few, 1),
+        ):
+            for k in range(count):
+                # other numbers than 0 and 1 for few_steps: else it would be the same picture with fewer steps
+                requests = [Request(p, k if name != UNSEEN else 2, side, side) for p in prompts]
+                out[name, k] = torch.stack([x for x, _ in sample(pipeline, requests, sampler, config.seed)])
+        latents, text, empty = late.encode_images(real), late.encode_text([p.text for p in prompts]), late.encode_text([""])
+        for k, t in enumerate(config.reconstruct):
+            noise = seeds.noise(latents.shape[1:], [(config.seed, "hps", p.id, k) for p in prompts]).to(latents)
+            noisy = late.add_noise(latents, noise, torch.full((len(latents),), t))
+            out["reconstruction", k] = late.decode_latents(denoise(late, noisy, text, empty, config.sampler, start=t)).cpu()
+        return out
+
+    return paint
+
+
+def observer(config: Hps) -> Look:
+    """What says what is wrong with a picture: the reader of figures, which no scorer here learns from."""
+    from limner.scorers.reader import load_reader
+
+    reader = load_reader(resolve(config.reader))
+    names = list(reader.model.attributes)
+    before = sum(len(reader.model.attributes[n]) for n in names[: names.index("pose")])
+    poses = slice(before, before + len(reader.model.attributes["pose"]))
+
+    def look(images: Tensor, claims: Sequence[dict[str, str]]) -> dict[str, NDArray]:
+        reading = reader.read(images)
+        return {
+            "wrong": 1 - reader.attribute_accuracy(reading, claims), "defect": reading.defect, "features": reading.features,
+            "classes": reading.features[:, poses],
+        }  # fmt: skip
+
+    return look
+
+
+def make_images(config: Hps, paint: Callable[[], Paint], look: Callable[[], Look]) -> None:
+    """Draw the candidates of every split and see what is wrong with them.
+
+    Args:
+        paint, look: make the tools, when first needed.
+    """
+    tools: list[tuple[Paint, Look]] = []
+    for split, source in config.splits.items():
+        folder = Path(config.output_dir) / "images" / split
+        decides = {k: v for k, v in to_dict(config).items() if k in DECIDES}
+        step = open_step(folder, "hps_images", {**decides, "split": source, "prompts": config.prompts[split]}, {})
+        if is_complete(folder):
+            continue
+        if not tools:
+            tools.append((paint(), look()))
+        columns = ["id", "prompt", "image", "defective_image", "attributes", "claimed"]
+        rows = world_rows(config, source, columns, config.prompts[split])
+        draw = partial(_shard, *tools[0], split == "test")
+        tasks = [rows[i : i + SHARD] for i in range(0, len(rows), SHARD)]
+        if run_shards(step, tasks, draw, units=len, name=f"images {split}"):
+            step.finish({"prompts": len(rows)})
+
+
+def _shard(paint: Paint, look: Look, with_unseen: bool, _: int, rows: list[Row], progress: Progress) -> dict[str, pa.Table]:
+    table = pa.Table.from_pylist(_candidates(rows, paint, look, with_unseen))
+    progress(len(rows))
+    return {"part": table}
+
+
+def _candidates(rows: list[Row], paint: Paint, look: Look, with_unseen: bool) -> list[Row]:
+    """One line a picture: prompt, generator, k, the picture and what is wrong with it."""
+    claims = []
+    for r in rows:
+        attributes = json.loads(r["attributes"])
+        claims.append({n: attributes[n] for n in r["claimed"]})
+    painted = paint(rows)
+    edge = float(np.median(sharpness(painted[REAL, 0])))
+    out = []
+    for (generator, k), images in painted.items():
+        if generator == UNSEEN and not with_unseen:
+            continue
+        seen = look(images, claims)
+        blur = (1 - sharpness(images) / edge).clip(0, 1)
+        for i, r in enumerate(rows):
+            out.append({
+                "prompt_id": r["id"], "text": r["prompt"], "generator": generator, "k": k, "image": encode_png(images[i]),
+                # of a defective figure the truth is known
+                "wrong": 0.0 if generator == "defect" else float(seen["wrong"][i]),
+                "defect": 1.0 if generator == "defect" else float(seen["defect"][i]),
+                "blur": float(blur[i]), "features": seen["features"][i].astype(float).tolist(),
+                "classes": seen["classes"][i].astype(float).tolist(),
+            })  # fmt: skip
+    return out
+
+
+def read_candidates(config: Hps, split: str) -> list[Row]:
+    """The lines of `_candidates`, each with its file name."""
+    rows = [r for path in shards(Path(config.output_dir) / "images" / split) for r in read_table(path).to_pylist()]
+    return [{**r, "file": f"{r['prompt_id']}/{r['generator']}/{r['k']}"} for r in rows]

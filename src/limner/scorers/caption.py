@@ -1,0 +1,98 @@
+"""`limner caption`: what a vision-language model says of a user's photos, as prompts that a recipe's `data.train` reads.
+
+    folder/part-00000.parquet     rows of `Prompt`: id, caption, split, the photo's bytes
+    folder/captions.answers.jsonl what was answered, as it arrived
+    folder/manifest.json          model, question, counts; photos without a caption, and why
+
+HG-DPO captioned training and test photos with different models, so that a habit of one is no shortcut: caption each split by itself.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+
+from limner.engine import Progress, run_shards
+from limner.images import decode
+from limner.records import Image, Prompt, to_table
+from limner.scorers.backends import Answer, Backend, Journal, Question, ask_all
+from limner.scorers.files import Source, files_hash
+from limner.store import open_step, read_rows
+
+QUESTION = (
+    "Describe this photo in one sentence of at most 40 words, for someone who is to paint it: who is seen, what they wear and do, the "
+    "pose, the place, the light. Only what is seen; no opinion, no names, no beginning such as 'This photo shows'."
+)
+MAX_TOKENS = 160
+
+
+def caption_files(
+    source: Source, folder: Path, backend: Backend, *, split: str = "train", question: str = QUESTION, batch_size: int = 32,
+    images_per_shard: int = 64, part: tuple[int, int] = (0, 1),
+) -> Counter[str] | None:  # fmt: skip
+    """Caption what `source` names into `folder`.
+
+    Returns:
+        How many have a caption, and how many have none by reason; None while other processes' shards are not finished.
+
+    Raises:
+        ValueError: as `iter_images`; an endpoint that stays away (what was answered is kept).
+    """
+    total = sum(1 for _ in source.images())
+    config = {
+        "model": backend.model, "revision": backend.revision, "files": backend.files, "question": question, "split": split,
+        "images_per_shard": images_per_shard, "image_column": source.image_column,
+    }  # fmt: skip
+    step = open_step(folder, "prompts", config, {"images": files_hash(source.path)})
+    journal = Journal(folder / "captions.answers.jsonl", backend.model)
+    tasks = [range(a, min(a + images_per_shard, total)) for a in range(0, total, images_per_shard)]
+    mine = frozenset(i for i in range(len(tasks)) if i % part[1] == part[0] and not step.has(i))
+    rows, at = source.images(images_per_shard, mine), 0
+
+    def work(_: int, task: range, progress: Progress) -> dict[str, pa.Table]:
+        nonlocal at
+        images = list(islice(rows, task.start - at, task.stop - at))
+        at = task.stop
+        found: list[Prompt] = []
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
+            for image, text in zip(batch, captions(batch, backend, journal, question)):
+                if not text.startswith("!"):
+                    found.append(Prompt(id=image.id, text=text, split=split, image=image.image))
+            progress(len(batch))
+        return {"part": to_table(Prompt, found)}
+
+    if not run_shards(step, tasks, work, units=len, name="caption", part=part):
+        return None
+    done = {p.id for p in read_rows(folder, Prompt)}
+    counts = Counter({"captioned": len(done)})
+    for image in source.images(1, frozenset(range(total)) if len(done) < total else None):
+        if image.id not in done:
+            counts[captions([image], backend, journal, question)[0].removeprefix("!")] += 1
+    step.finish(dict(counts))
+    return counts
+
+
+def captions(images: list[Image], backend: Backend, journal: Journal, question: str = QUESTION) -> list[str]:
+    """The caption of each, or "!" and why there is none."""
+    problems: dict[int, str] = {}
+    for i, image in enumerate(images):
+        try:
+            decode(image.image, "the image")
+        except ValueError as error:
+            problems[i] = f"!{error}"
+    asked = [i for i in range(len(images)) if i not in problems]
+    questions = [Question(text=question, images=(images[i].image,), max_tokens=MAX_TOKENS) for i in asked]
+    found = dict(zip(asked, map(read_caption, ask_all(backend, questions, journal) if questions else [])))
+    return [problems[i] if i in problems else found[i] for i in range(len(images))]
+
+
+def read_caption(answer: Answer) -> str:
+    """An answer as one line, or "!" and why it is none."""
+    if answer.problem:
+        return f"!{answer.problem}"
+    text = " ".join(answer.text.split()).strip("\"'")
+    return text if len(text) > 1 and not text.startswith("!") else "!the model said nothing"

@@ -1,0 +1,340 @@
+"""Choices of every published schema to the common record and out again; the small files are written as the sets are published."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from limner.cli import main
+from limner.feedback import payloads
+from limner.feedback.exchange import write_rows as write_feedback
+from limner.images import encode_png
+from limner.records import Choice, Image, from_table, to_table
+from limner.scorers.choices import Choices, generators_of, pairs, problem, prompt_weights, shares
+from limner.scorers.published import Dropped, read_choices
+from limner.store import open_step
+
+
+def picture(seed: int, size: int = 8) -> bytes:
+    return encode_png(torch.rand(3, size, size, generator=torch.Generator().manual_seed(seed)))
+
+
+def choice(said: list[float], kind: str = "choice", **more) -> Choice:
+    files = tuple(f"{i}.png" for i in range(len(said)))
+    return Choice(**{"id": "r", "prompt_id": "p", "text": "a man", "kind": kind, "said": tuple(said), "files": files, **more})
+
+
+def write_json(path: Path, rows: object) -> Path:
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def read(name: str, path: Path, **options) -> tuple[list[Choice], list[Dropped]]:
+    found = list(read_choices(name, path, **options))
+    return [r for r in found if isinstance(r, Choice)], [r for r in found if isinstance(r, Dropped)]
+
+
+def test_a_choice_comes_back_from_its_table():
+    row = choice([0.5, 0.5], images=(b"a", b"b"), generators=("x", "y"), rater="7", weight=0.25)
+    assert from_table(Choice, to_table(Choice, [row, choice([1, 0])])) == [row, choice([1.0, 0.0])]
+
+
+def test_pairs_of_a_choice_say_nothing_of_two_that_nobody_chose():
+    assert pairs(choice([0, 1, 0, 0])) == [(0, 1, 0.0), (1, 2, 1.0), (1, 3, 1.0)]
+    assert pairs(choice([0.5, 0.5])) == [(0, 1, 0.5)]
+    assert pairs(choice([0.6, 0.2, 0.2])) == [(0, 1, pytest.approx(0.75)), (0, 2, pytest.approx(0.75)), (1, 2, 0.5)]
+
+
+def test_pairs_of_a_ranking_know_every_order():
+    assert pairs(choice([1, 3, 1], "ranking")) == [(0, 1, 1.0), (0, 2, 0.5), (1, 2, 0.0)]
+    assert shares(choice([2, 1.5, 3, 1.5], "ranking")) == [0, 0.5, 0, 0.5]
+
+
+@given(st.lists(st.integers(1, 5), min_size=2, max_size=6))
+def test_a_ranking_and_its_pairs_agree(ranks):
+    """Counting the pairs an image wins, ties half, orders images as their ranks do."""
+    row = choice([float(r) for r in ranks], "ranking")
+    won = [0.0] * len(ranks)
+    for i, j, p in pairs(row):
+        won[i] += p
+        won[j] += 1 - p
+    assert len(pairs(row)) == len(ranks) * (len(ranks) - 1) // 2
+    assert all((won[i] > won[j]) == (ranks[i] < ranks[j]) for i in range(len(ranks)) for j in range(len(ranks)))
+    assert sum(shares(row)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (choice([1.0]), "fewer than two images"),
+        (choice([0.7, 0.7]), "labels do not sum to 1"),
+        (choice([1.0, 0.0], text=" "), "empty prompt"),
+        (choice([1.0, 0.0], generators=("x",)), "as many labels as images expected"),
+        (choice([float("nan"), 1.0]), "label is not a number"),
+        (choice([1.0, 0.0], "rating"), "unknown kind rating"),
+        (choice([1.0, 0.0]), ""),
+    ],
+)
+def test_what_is_wrong_with_a_row(row, said):
+    assert problem(row) == said
+
+
+def test_prompt_weights_are_one_over_the_rows_of_a_prompt():
+    rows = [choice([1, 0], prompt_id="a"), choice([1, 0], prompt_id="b"), choice([1, 0], prompt_id="a", weight=3.0)]
+    assert prompt_weights(rows).tolist() == [0.5, 1.0, 1.5]
+
+
+def test_hpd_v1(tmp_path):
+    good = {
+        "human_preference": 2, "prompt": "a knight", "id": 5, "file_path": ["5_0.jpg", "5_1.jpg", "5_2.jpg"], "user_hash": "u1",
+        "contain_name": False,
+    }  # fmt: skip
+    rows, dropped = read("hpd_v1", write_json(tmp_path / "preference_train.json", [good, {**good, "human_preference": 3}]))
+    assert len(rows) == 1 and rows[0].said == (0, 0, 1) and rows[0].kind == "choice"
+    assert rows[0].rater == "u1" and rows[0].text == "a knight" and rows[0].files == ("5_0.jpg", "5_1.jpg", "5_2.jpg")
+    assert dropped == [Dropped("preference_train.json: row 1", "human_preference points at no image")]
+
+
+def test_hpd_v2_train_and_test(tmp_path):
+    train = [
+        {"prompt": "a cat", "file_path": ["a.jpg", "b.jpg"], "human_preference": [0, 1]},
+        {"prompt": "a cat", "file_path": ["a.jpg", "b.jpg"], "human_preference": [1, 1]},
+    ]
+    rows, dropped = read("hpd_v2", write_json(tmp_path / "train.json", train))
+    assert [r.said for r in rows] == [(0, 1)] and dropped[0].reason == "human_preference is not one-hot"
+    test = [{"prompt": "a cat", "image_path": ["a.jpg", "b.jpg", "c.jpg"], "rank": [1.7, 2.9, 1.4], "raw_annotations": []}]
+    rows, _ = read("hpd_v2", write_json(tmp_path / "test.json", test))
+    assert rows[0].kind == "ranking" and pairs(rows[0]) == [(0, 1, 1.0), (0, 2, 0.0), (1, 2, 0.0)], "the lower rank is better"
+
+
+def test_hpd_v3_does_not_leave_the_preferred_image_first(tmp_path):
+    source = [
+        {
+            "prompt": f"prompt {i}", "path1": f"{i}/good.jpg", "path2": f"{i}/bad.jpg", "confidence": 0.9 + 0.01 * (i % 10),
+            "choice_dist": [9, 3], "model1": "flux", "model2": "sd",
+        }
+        for i in range(40)
+    ]  # fmt: skip
+    path = write_json(tmp_path / "train.json", [*source, {**source[0], "path2": "0/good.jpg"}])
+    rows, dropped = read("hpd_v3", path)
+    assert [d.reason for d in dropped] == ["both images are the same"]
+    for row in rows:
+        winner = row.said.index(1.0)
+        assert row.files[winner].endswith("good.jpg") and row.generators[winner] == "flux" and row.generators[1 - winner] == "sd"
+    assert 8 < sum(row.said[0] for row in rows) < 32, "about half of the winners stand first"
+    soft, _ = read("hpd_v3", path, soft_labels=True)
+    assert sorted(soft[0].said) == [0.25, 0.75]
+    sure, unsure = read("hpd_v3", path, min_confidence=0.95)
+    assert len(sure) == 20 and {d.reason for d in unsure} == {"both images are the same", "confidence below 0.95"}
+
+
+def pick_a_pic(path: Path, images: bool = True) -> Path:
+    rows = [
+        {"caption": "a dog", "label_0": 1.0, "label_1": 0.0, "has_label": True, "jpg_0": picture(0), "jpg_1": picture(1), "user_id": 3},
+        {"caption": "a dog", "label_0": 0.5, "label_1": 0.5, "has_label": True, "jpg_0": picture(0), "jpg_1": picture(2), "user_id": 4},
+        {"caption": "a dog", "label_0": None, "label_1": None, "has_label": False, "jpg_0": picture(0), "jpg_1": picture(3), "user_id": 4},
+        {"caption": "a fox", "label_0": 0.0, "label_1": 1.0, "has_label": True, "jpg_0": picture(4), "jpg_1": b"torn", "user_id": 4},
+        {"caption": "a fox", "label_0": 0.0, "label_1": 1.0, "has_label": True, "jpg_0": picture(4), "jpg_1": picture(5), "user_id": 5},
+    ]
+    for i, row in enumerate(rows):
+        row |= {"image_0_uid": f"u{2 * i}", "image_1_uid": f"u{2 * i + 1}", "model_0": "sdxl", "model_1": "dreamlike", "ranking_id": i}
+        row |= {"are_different": True, "best_image_uid": "", "num_example_per_prompt": 3, "image_0_url": "", "image_1_url": ""}
+        if not images:
+            row.pop("jpg_0"), row.pop("jpg_1")
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def test_pick_a_pic_with_images_and_without(tmp_path, capsys):
+    path = pick_a_pic(tmp_path / "train-00000-of-00001.parquet")
+    assert main(["scorer", "import", "--format", "pick_a_pic", "--source", str(path), "--output_dir", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert (report["rows"], report["pairs"], report["ties"], report["prompts"], report["raters"]) == (3, 3, 1, 2, 3)
+    assert report["generators"] == ["dreamlike", "sdxl"]
+    assert {k: v["rows"] for k, v in report["dropped"].items()} == {"has_label is false": 1, "image is not readable": 1}
+    said = capsys.readouterr().out
+    assert "dropped 1: has_label is false (train-00000-of-00001.parquet: row 2)" in said
+    choices = Choices(tmp_path / "out")
+    assert choices.encoded(1) == [picture(0), picture(2)] and choices.rows[1].images == ()
+    assert choices.pictures(2)[0].size == (8, 8)
+    assert generators_of(choices.rows) == {"sdxl", "dreamlike"}
+    bare, _ = read("pick_a_pic", pick_a_pic(tmp_path / "bare.parquet", images=False))
+    assert len(bare) == 4 and bare[0].images == () and bare[0].files == ("u0", "u1")
+
+
+def test_imagereward_with_ties_as_equal_ranks(tmp_path):
+    source = [
+        {"id": "005658-0040", "prompt": "a portal", "generations": ["a.webp", "b.webp", "c.webp", "d.webp"], "ranking": [1, 2, 2, 3]},
+        {"id": "005658-0041", "prompt": "a door", "generations": ["a.webp", "a.webp"], "ranking": [1, 2]},
+    ]
+    rows, dropped = read("imagereward", write_json(tmp_path / "test.json", source))
+    assert [p for *_, p in pairs(rows[0])] == [1, 1, 1, 0.5, 1, 1]
+    assert dropped[0].reason == "an image is there twice"
+
+
+def test_evalmuse_ranks_images_of_a_prompt_by_their_mean_rating(tmp_path):
+    shared = {"prompt_id": "1", "type": "real", "element_score": {"cat (animal)": [1, 1]}, "split_confidence": [0], "prompt": "a cat"}
+    source = [
+        {**shared, "img_path": "SDXL/1.png", "total_score": [5, 4, 4], "promt_meaningless": [0, 0, 0]},
+        {**shared, "img_path": "Kolors/1.png", "total_score": [2, 2], "promt_meaningless": [0, 1, 0]},
+        {**shared, "img_path": "SD15/1.png", "total_score": [5, 4, 4], "promt_meaningless": [0, 0, 0]},
+        {**shared, "prompt": "asdf", "img_path": "SD15/2.png", "total_score": [3], "promt_meaningless": [1, 1, 0]},
+    ]
+    rows, dropped = read("evalmuse", write_json(tmp_path / "train_list.json", source))
+    assert rows[0].said == (1, 3, 1) and rows[0].generators == ("SDXL", "Kolors", "SD15")
+    assert dropped == [Dropped("train_list.json: row 3", "most raters call the prompt meaningless")]
+
+
+def test_another_format_is_named_by_row_and_field(tmp_path):
+    path = write_json(tmp_path / "x.json", [{"prompt": "a", "generations": [], "ranking": []}])
+    with pytest.raises(ValueError, match=r"x\.json: row 0: no file_path \(found: prompt, generations, ranking\); is it another format\?"):
+        read("hpd_v1", path)
+    with pytest.raises(ValueError, match=r"x\.json: row 0: human_preference is list; is it another format\?"):
+        read("hpd_v1", write_json(path, [{"prompt": "a", "file_path": [], "human_preference": [1, 0]}]))
+    with pytest.raises(ValueError, match=r"x\.json: dict; expected a list of rows"):
+        read("imagereward", write_json(path, {"a": 1}))
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"x\.json: not JSON"):
+        read("evalmuse", path)
+    with pytest.raises(ValueError, match=r"missing\.json cannot be read"):
+        read("evalmuse", tmp_path / "missing.json")
+    pq.write_table(pa.table({"caption": ["a"]}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"x\.parquet: no column label_0, label_1, image_0_uid, image_1_uid \(found: caption\)"):
+        read("pick_a_pic", tmp_path / "x.parquet")
+
+
+def import_hpd(folder: Path, *options: str) -> int:
+    (folder / "images").mkdir(exist_ok=True)
+    for i in range(3):
+        (folder / f"images/{i}.png").write_bytes(picture(i))
+    (folder / "images/3.png").write_bytes(picture(3)[:20])
+    source = [
+        {"prompt": f"prompt {n}", "file_path": [f"{i}.png" for i in files], "human_preference": 1, "user_hash": "u"}
+        for n, files in enumerate([(0, 1, 2), (0, 3), (1, 9), (2, 1), (1,)])
+    ]
+    path = write_json(folder / "preference_train.json", source)
+    return main(["scorer", "import", "--format", "hpd_v1", "--source", str(path), *options])
+
+
+def test_images_are_checked_and_read_from_their_folder(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert import_hpd(tmp_path, "--images", str(tmp_path / "images"), "--output_dir", str(out), "--rows_per_shard", "1") == 0
+    report = json.loads((out / "report.json").read_text())
+    dropped = {k: (v["rows"], v["first"]) for k, v in report["dropped"].items()}
+    assert dropped == {
+        "human_preference points at no image": (1, ["preference_train.json: row 4"]),
+        "image file is missing": (1, ["hpd_v1-0000002"]),
+        "image is not readable": (1, ["hpd_v1-0000001"]),
+    }
+    choices = Choices(out)
+    assert [len(choices.encoded(i)) for i in range(2)] == [3, 2] and choices.encoded(1) == [picture(2), picture(1)]
+    (tmp_path / "images").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"row hpd_v1-0000000: .*0\.png cannot be read .*; set images to the folder"):
+        Choices(out).encoded(0)
+    assert Choices(out, images=tmp_path / "elsewhere").encoded(0)[0] == picture(0)
+    assert import_hpd(tmp_path, "--images", str(tmp_path / "elsewhere"), "--output_dir", str(out)) == 2, "a folder belongs to one config"
+    assert "config.images: was" in capsys.readouterr().err
+
+
+def test_embedded_images_need_no_folder_any_more(tmp_path):
+    out = tmp_path / "out"
+    assert import_hpd(tmp_path, "--images", str(tmp_path / "images"), "--output_dir", str(out), "--embed", "true") == 0
+    for path in (tmp_path / "images").iterdir():
+        path.unlink()
+    assert Choices(out).encoded(1) == [picture(2), picture(1)]
+
+
+def test_a_lost_shard_is_made_again_and_limit_takes_the_first_rows(tmp_path):
+    out = tmp_path / "out"
+    options = ["--images", str(tmp_path / "images"), "--output_dir", str(out), "--rows_per_shard", "1", "--embed", "true"]
+    assert import_hpd(tmp_path, *options) == 0
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    for name in ("part-00001.parquet", "part-00001.parquet.sha256"):
+        (out / name).unlink()
+    assert import_hpd(tmp_path, *options) == 0
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert import_hpd(tmp_path, "--output_dir", str(tmp_path / "few"), "--limit", "2") == 0
+    assert [r.id for r in Choices(tmp_path / "few").rows] == ["hpd_v1-0000000", "hpd_v1-0000001"]
+
+
+def test_a_set_of_which_nothing_is_left_is_an_error(tmp_path, capsys):
+    path = write_json(tmp_path / "t.json", [{"prompt": "a", "file_path": ["x"], "human_preference": 0}])
+    assert main(["scorer", "import", "--format", "hpd_v1", "--source", str(path), "--output_dir", str(tmp_path / "o")]) == 2
+    assert "no row is left (dropped: fewer than two images: 1)" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="is not a finished folder of choices; make it with `limner scorer import`"):
+        Choices(tmp_path / "o")
+    assert main(["scorer", "import", "--source", str(path)]) == 2
+    assert "output_dir: not set" in capsys.readouterr().err
+    assert main(["scorer", "import", "--formt", "hpd_v1"]) == 2
+    assert "unknown key formt; did you mean format?" in capsys.readouterr().err
+
+
+def test_export_to_pick_a_pic_and_back(tmp_path):
+    rows = [
+        choice([1, 2, 2], "ranking", id="a", images=(picture(0), picture(1), picture(1)), generators=("x", "y", "z"), rater="anna"),
+        choice([0, 1], id="b", text="a fox", prompt_id="q", images=(picture(2), picture(3)), files=("s", "t")),
+    ]
+    step = open_step(tmp_path / "in", "choices", {}, {})
+    step.write(0, to_table(Choice, rows))
+    step.finish({})
+    assert main(["scorer", "export", "--choices", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out")]) == 0
+    table = pq.read_table(tmp_path / "out/part-00000.parquet")
+    published = """are_different bool best_image_uid string caption string created_at timestamp[ns] has_label bool image_0_uid string
+        image_0_url string image_1_uid string image_1_url string jpg_0 binary jpg_1 binary label_0 double label_1 double model_0 string
+        model_1 string ranking_id int64 user_id int64 num_example_per_prompt int64 __index_level_0__ int64"""
+    assert " ".join(f"{f.name} {f.type}" for f in table.schema) == " ".join(published.split())
+    assert table.column("are_different").to_pylist() == [True, True, False, True]
+    assert table.column("best_image_uid").to_pylist() == ["0.png", "0.png", "tie", "t"]
+    assert table.column("num_example_per_prompt").to_pylist() == [3, 3, 3, 1]
+    back, dropped = read("pick_a_pic", tmp_path / "out")
+    assert not dropped and [r.said for r in back] == [(1, 0), (1, 0), (0.5, 0.5), (0, 1)]
+    assert back[3].images == rows[1].images and back[2].generators == ("y", "z")
+
+
+def test_an_epoch_has_every_row_once_in_an_order_of_its_own(tmp_path):
+    step = open_step(tmp_path, "choices", {}, {})
+    for shard in range(20):
+        step.write(shard, to_table(Choice, [choice([1, 0], id=f"{shard}/{i}") for i in range(3)]))
+    step.finish({})
+    choices = Choices(tmp_path)
+    first, second = choices.order(0, "epoch", 0), choices.order(0, "epoch", 1)
+    assert sorted(first) == sorted(second) == list(range(60)) and first != second and first == choices.order(0, "epoch", 0)
+    assert len({index // 3 for index in first[:24]}) <= 8, "rows of eight shards at a time"
+
+
+def test_our_own_feedback_becomes_choices(tmp_path, capsys):
+    """A best of three, a ranking with a tie, a side-by-side answer; an image that is not there, and images of two prompts."""
+    step = open_step(tmp_path / "pool", "pool", {}, {})
+    shown = [
+        Image(id=f"{p}/{k}", prompt_id=p, text=f"prompt {p}", image=picture(k), k=k, model="m" if p == "a" else "")
+        for p in "ab"
+        for k in range(3)
+    ]
+    step.write(0, to_table(Image, shown))
+    step.finish({})
+    rows = [
+        payloads.make("a/0", "anna", "choice", {"images": ["a/0", "a/1", "a/2"], "ranks": [2, 1, 2]}, id="1"),
+        payloads.make("b/0", "anna", "choice", {"images": ["b/0", "b/1", "b/2"], "ranks": [1, 3, 1]}, id="2"),
+        payloads.make("b/0", "otto", "side", {"against": "b/1", "answer": -2}, id="3"),
+        payloads.make("b/0", "otto", "choice", {"images": ["b/0", "c/1"], "ranks": [1, 2]}, id="4"),
+        payloads.make("a/1", "otto", "choice", {"images": ["a/1", "b/1"], "ranks": [1, 2]}, id="5"),
+        payloads.make("a/1", "otto", "ratings", {"overall": 3}, id="6"),
+    ]
+    write_feedback(tmp_path / "feedback.jsonl", rows)
+    options = ["--source", str(tmp_path / "feedback.jsonl"), "--images", str(tmp_path / "pool"), "--output_dir", str(tmp_path / "out")]
+    assert main(["scorer", "import", "--format", "feedback", *options]) == 0
+    choices = Choices(tmp_path / "out")
+    assert [(r.kind, r.said, r.rater) for r in choices.rows] == [
+        ("choice", (0, 1, 0), "anna"), ("ranking", (1, 3, 1), "anna"), ("choice", (0, 1), "otto"),
+    ]  # fmt: skip
+    assert choices.rows[0].generators == ("m", "m", "m") and choices.rows[1].generators == ()
+    assert choices.encoded(2) == [picture(0), picture(1)]
+    said = capsys.readouterr().out
+    assert "dropped 1: image is not in the folder of images (feedback 4)" in said and "dropped 1: images of different prompts" in said

@@ -1,0 +1,74 @@
+"""Several scores to one, by hand and by properties."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from limner.scorers.combine import combine, dominates, normalise, pareto
+
+NAN = float("nan")
+
+
+def test_zscores_by_hand() -> None:
+    """1, 3 have mean 2 and deviation 1; 10, 20, 30 have mean 20 and deviation sqrt(200/3); a lone score has nothing beside it."""
+    found = normalise([1, 10, 3, 20, 30, 7], list("abbbbc"), "zscore")
+    assert found[0] == 0 and found[5] == 0
+    found = normalise([1, 10, 3, 20, 30, 7], list("abaabb"), "zscore", within=False)
+    assert found.mean() == pytest.approx(0) and found.std() == pytest.approx(1)
+    found = normalise([1, 10, 3, 20, 30], list("ababb"), "zscore")
+    assert found.tolist() == pytest.approx([-1, -10 / (200 / 3) ** 0.5, 1, 0, 10 / (200 / 3) ** 0.5])
+    assert normalise([1, 3], list("aa"), "zscore", higher_is_better=False).tolist() == [1, -1]
+    assert normalise([0.1] * 7, ["a"] * 7, "zscore").tolist() == [0] * 7
+
+
+def test_ranks_by_hand() -> None:
+    """Of four with a tie in the middle: 0, 1/2, 1/2, 1. What is missing has no rank and takes none."""
+    assert normalise([5, 9, 7, 7, NAN], list("aaaaa"), "rank").tolist() == pytest.approx([0, 1, 0.5, 0.5, NAN], nan_ok=True)
+    assert normalise([5], ["a"], "rank").tolist() == [0.5]
+    assert normalise([2, 2], ["a", "a"], "rank").tolist() == [0.5, 0.5]
+
+
+@given(arrays(np.float64, 12, elements=st.integers(-50, 50)), st.floats(0.01, 100), st.floats(-1000, 1000))
+def test_a_common_scale_knows_neither_unit_nor_offset(x: np.ndarray, unit: float, offset: float) -> None:
+    groups = list("aaabbbbbcccc")
+    for how in ("zscore", "rank"):
+        assert np.allclose(normalise(x * unit + offset, groups, how), normalise(x, groups, how), atol=1e-6)  # type: ignore[arg-type]
+
+
+def test_a_weighted_mean() -> None:
+    """z-scores -1, 1 of the first, 1, -1 of the second, which is better when lower: (2·-1 + 1·-1) / 3 = -1 and 1."""
+    scores = {"a": [1.0, 3.0], "b": [9.0, 5.0], "c": [NAN, 1.0]}
+    found = combine(scores, ["p", "p"], {"a": 2, "b": 1, "c": 0}, directions={"b": False})
+    assert found.tolist() == [-1, 1]
+    assert combine(scores, ["p", "p"], {"a": 2, "b": 1}).tolist() == pytest.approx([-1 / 3, 1 / 3])
+    assert np.isnan(combine(scores, ["p", "p"], {"a": 1, "c": 1})).tolist() == [True, False]
+
+
+def test_dominance_and_the_front() -> None:
+    assert dominates([1, 2], [1, 1]) and not dominates([1, 2], [1, 2]) and not dominates([2, 0], [1, 1]) and not dominates([2, NAN], [1, 1])
+    scores = [[1, 1], [2, 2], [3, 0], [0, 9], [2, 2], [5, NAN]]
+    assert pareto(scores, ["p"] * 6).tolist() == [False, True, True, True, True, False]
+    assert pareto(scores, ["q", *"ppppp"]).tolist()[0]
+
+
+@given(arrays(np.float64, (9, 2), elements=st.integers(0, 4)))
+def test_every_image_left_out_is_dominated_by_one_kept(x: np.ndarray) -> None:
+    front = pareto(x, ["p"] * 9)
+    assert front.any()
+    for i in np.flatnonzero(~front):
+        assert any((x[j] >= x[i]).all() and (x[j] > x[i]).any() for j in np.flatnonzero(front))
+
+
+def test_mistakes() -> None:
+    with pytest.raises(ValueError, match="2 scores but 1 prompts"):
+        normalise([1, 2], ["a"], "rank")
+    with pytest.raises(ValueError, match="rank: is within a prompt"):
+        normalise([1, 2], ["a", "a"], "rank", within=False)
+    with pytest.raises(ValueError, match="weights: no score 'x'; there are a"):
+        combine({"a": [1.0]}, ["p"], {"x": 1})
+    with pytest.raises(ValueError, match="expected numbers of at least 0, one of them above 0"):
+        combine({"a": [1.0]}, ["p"], {"a": 0})
