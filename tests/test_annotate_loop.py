@@ -17,7 +17,7 @@ from limner.config import load_recipe
 from limner.feedback import answers, exports, payloads, server
 from limner.feedback.preferences import preferences
 from limner.feedback.study import load_study
-from limner.records import Example, Image, Score
+from limner.records import Choice, Example, Image, Score
 from limner.store import read_rows
 
 
@@ -160,6 +160,11 @@ def test_simulated_raters_prefer_what_is_better(task: str, tmp_path: Path) -> No
         if a.score != b.score
     ]
     assert np.mean(right) > 0.75
+    out, feedback = tmp_path / "choices", str(tmp_path / "run/feedback/part-00000.parquet")
+    command = ["scorer", "import", "--format", "feedback", "--source", feedback, "--output_dir", str(out)]
+    assert main([*command, "--images", str(tmp_path / "run/preferences/images")]) == 0
+    choices = list(read_rows(out, Choice))
+    assert len(choices) == 12 * 3 and {len(c.images) for c in choices} == {4 if task == "choice" else 2}
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert report["agreement"][task]["alpha"] > 0.2 and ("side" in report) == (task == "side")
 
