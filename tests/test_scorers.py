@@ -138,7 +138,7 @@ def test_a_saved_reader_reads_as_before(tmp_path):
     torch.manual_seed(0)
     model = reader.Reader({"sex": ["man", "woman"], "top": ["red", "blue", "green"]}, JOINTS, (8, 8, 16), 8).eval()
     limits = {k: [-1.0, 1.0] for k in ["second", "unseen", *(f"{a}-{b}" for a, b in reader.BONES)]}
-    first = reader.FigureReader(model, limits)
+    first = reader.FigureReader(model, limits, sure={"sex": 0.95, "top": 0.94})
     reader.save_reader(first, tmp_path)
     second = reader.load_reader(tmp_path)
     images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(3))
@@ -147,3 +147,6 @@ def test_a_saved_reader_reads_as_before(tmp_path):
     assert np.allclose(a.defect, b.defect, atol=1e-5)
     claimed = [{"sex": model.attributes["sex"][i], "place": "park"} for i in a.attributes["sex"]]
     assert first.attribute_accuracy(a, claimed).tolist() == [1, 1, 1]
+    wrong = [{**c, "top": "none"} for c in claimed]  # read too unsurely to be counted
+    assert second.attribute_accuracy(b, wrong).tolist() == [1, 1, 1]
+    assert np.isnan(second.attribute_accuracy(b, [{"top": "red"}] * 3)).all()

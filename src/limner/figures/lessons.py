@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +51,11 @@ def _array(data: bytes) -> np.ndarray:
     return np.array(Image.open(io.BytesIO(data)))
 
 
+def attribute_indices(rows: Sequence[Mapping[str, str]]) -> np.ndarray:
+    """(N, attributes) places of the values in `ATTRIBUTES`."""
+    return np.array([[values.index(r[name]) for name, values in ATTRIBUTES.items()] for r in rows])
+
+
 def load_lessons(files: Sequence[Path]) -> Lessons:
     """Read the shards of a split made with defects."""
     rows = [r for f in sorted(files) for r in pq.read_table(f).to_pylist()]
@@ -59,7 +64,7 @@ def load_lessons(files: Sequence[Path]) -> Lessons:
         where = np.array(r["joints"]).reshape(-1, 2)
         sound = [(k, float(x), float(y)) for k, (x, y) in enumerate(where) if r["visible"][k]]
         joints.append((sound, [(j["joint"], j["x"], j["y"]) for j in r.get("defect_joints", [])]))
-    attributes = np.array([[ATTRIBUTES[n].index(json.loads(r["attributes"])[n]) for n in ATTRIBUTES] for r in rows])
+    attributes = attribute_indices([json.loads(r["attributes"]) for r in rows])
     raw = np.stack([np.stack([_array(r["image"]) for r in rows]), np.stack([_array(r["defective_image"]) for r in rows])])
     mask = np.stack([_array(r["defect_mask"]) > 0 for r in rows])
     return Lessons([r["prompt"] for r in rows], [r["swapped_prompt"] for r in rows], attributes, {"raw": raw}, joints, mask)

@@ -19,7 +19,7 @@ from torch import Tensor
 from limner import statistics
 from limner.config import Sampler
 from limner.figures.assets import find
-from limner.figures.lessons import Lessons, add_paths, degrade
+from limner.figures.lessons import Lessons, add_paths, attribute_indices, degrade
 from limner.figures.scene import ATTRIBUTES
 from limner.figures.teach import PATHS, to_input
 from limner.images import decode_batch, grid
@@ -112,7 +112,7 @@ def measure(pipeline: Pipeline, reader: FigureReader, scorers: dict[str, DualSco
     add_paths(held_out, pipeline, work / "paths/raters", 0, Sampler(num_inference_steps=16, guidance_scale=1.0))
     test = [p for p in read_prompts(find("test"), "test") if p.image and p.truth]
     truth = [json.loads(p.truth or "")["attributes"] for p in test]
-    indices = np.array([[ATTRIBUTES[n].index(t[n]) for n in ATTRIBUTES] for t in truth])
+    indices = attribute_indices(truth)
     out: dict[str, Any] = {"reader": reader_quality(reader, decode_batch([p.image or b"" for p in test]), indices, held_out)}
     out |= {name: scorer_quality(scorer, held_out) for name, scorer in scorers.items()}
     samples = base_samples(pipeline, read_prompts(find("validation"), "validation"))

@@ -156,11 +156,13 @@ def train_reader(
 
 
 @torch.no_grad()
-def finish_reader(model: Reader, real: np.ndarray) -> FigureReader:
-    """Measure what is normal on real pictures (N, 64, 64, 3) uint8."""
-    heat = torch.cat([model(to_input(list(real[i : i + 64])))["joints"].sigmoid() for i in range(0, len(real), 64)])
-    first, second, spots = (x.numpy() for x in peaks(heat))
-    return FigureReader(model, measure_limits(model.joints, first, second, spots))
+def finish_reader(model: Reader, real: np.ndarray, attributes: np.ndarray) -> FigureReader:
+    """Measure what is normal on real pictures (N, 64, 64, 3) uint8, and how surely their attributes (N, attributes) are read."""
+    outs = [model(to_input(list(real[i : i + 64]))) for i in range(0, len(real), 64)]
+    first, second, spots = (x.numpy() for x in peaks(torch.cat([o["joints"].sigmoid() for o in outs])))
+    read = {n: torch.cat([o[n] for o in outs]).argmax(1).numpy() for n in ATTRIBUTES}
+    sure = {n: round(float((read[n] == attributes[:, i]).mean()), 4) for i, n in enumerate(ATTRIBUTES)}
+    return FigureReader(model, measure_limits(model.joints, first, second, spots), sure=sure)
 
 
 __all__ = ["PEAK", "finish_reader", "train_reader", "train_scorer"]

@@ -234,6 +234,7 @@ def _make_scorer(world: World, part: str, split: str, shape: dict[str, Any], ste
 
 
 def make_reader(world: World) -> None:
+    from limner.figures.lessons import attribute_indices
     from limner.figures.teach import finish_reader, train_reader
     from limner.scorers.reader import save_reader
 
@@ -242,8 +243,9 @@ def make_reader(world: World) -> None:
         return
     lessons, _ = _lessons(world, "reader")
     model = train_reader(lessons, done.parent, steps=world.reader_steps, seed=world.seed)
-    real = _pixels(_read(world, "train", ["image"])[:2000])
-    _save(done, lambda folder: save_reader(finish_reader(model, real), folder, half=True))
+    rows = _read(world, "train", ["image", "attributes"])[:2000]
+    finished = finish_reader(model, _pixels(rows), attribute_indices([json.loads(r["attributes"]) for r in rows]))
+    _save(done, lambda folder: save_reader(finished, folder, half=True))
 
 
 def ship(world: World) -> None:

@@ -29,6 +29,7 @@ BONES = (
 )  # fmt: skip
 LAYOUT = 16  # channels of the grid that is read place by place
 PEAK = 0.3  # height from which a local maximum of a heatmap counts as a joint
+SURE = 0.95  # share of real pictures of which an attribute must be read rightly, to be counted in others
 
 
 class Reader(nn.Module):
@@ -90,10 +91,13 @@ class Reading:
 
 
 class FigureReader:
-    """A trained `Reader` with the limits measured on real figures: which ratios and how many joints are normal."""
+    """A trained `Reader` with what was measured on real figures: which ratios and how many joints are normal, how surely it reads.
 
-    def __init__(self, model: Reader, limits: dict[str, list[float]], revision: str = ""):
-        self.model, self.limits, self.revision = model.eval(), limits, revision
+    sure: share of real figures of which each attribute was read rightly; those not named count as read.
+    """
+
+    def __init__(self, model: Reader, limits: dict[str, list[float]], revision: str = "", sure: Mapping[str, float] | None = None):
+        self.model, self.limits, self.revision, self.sure = model.eval(), limits, revision, dict(sure or {})
 
     @torch.no_grad()
     def read(self, images: Tensor, batch_size: int = 64) -> Reading:
@@ -114,10 +118,10 @@ class FigureReader:
         )  # fmt: skip
 
     def attribute_accuracy(self, reading: Reading, claimed: Sequence[Mapping[str, str]]) -> np.ndarray:
-        """Share of the attributes that each caption claims and the image shows, (B,)."""
+        """Share of the attributes that each caption claims and the image shows, (B,); of those that the reader reads surely (`SURE`)."""
         out = []
         for i, claims in enumerate(claimed):
-            names = [n for n in claims if n in self.model.attributes]
+            names = [n for n in claims if n in self.model.attributes and self.sure.get(n, 1.0) >= SURE]
             right = [self.model.attributes[n][reading.attributes[n][i]] == claims[n] for n in names]
             out.append(float(np.mean(right)) if right else np.nan)
         return np.array(out)
@@ -184,6 +188,7 @@ def save_reader(reader: FigureReader, folder: Path, *, half: bool = False) -> No
         "channels": m.channels,
         "width": m.width,
         "limits": reader.limits,
+        "sure": reader.sure,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     save_file(
@@ -207,4 +212,4 @@ def load_reader(folder: Path) -> FigureReader:
     model = Reader(config["attributes"], config["joints"], config["channels"], config["width"])
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / "model.safetensors").items()})
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return FigureReader(model, config["limits"], sha256(folder / "model.safetensors")[:16])
+    return FigureReader(model, config["limits"], sha256(folder / "model.safetensors")[:16], config.get("sure"))
