@@ -121,11 +121,12 @@ def dispatch(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     if not path:
         raise ValueError("which recipe? e.g. limner run recipes/figures/demo.yaml")
     if args.command == "figures":
-        from limner.figures.hps import run_hps
+        if args.action == "hps":
+            from limner.figures.hps import run_hps
+
+            return run_hps(Path(path), overrides, print_config=args.print_config)
         from limner.figures.world import make_world
 
-        if args.action == "hps":
-            return run_hps(Path(path), overrides, print_config=args.print_config)
         return make_world(Path(path), overrides, print_config=args.print_config)
     if args.command == "annotate":
         return dispatch_annotate(args, path, overrides)

@@ -64,6 +64,11 @@ def run_shards(
     return all(step.has(i) for i in range(len(tasks)))
 
 
+def spans(count: int, size: int) -> list[range]:
+    """0 .. count in ranges of at most `size`."""
+    return [range(i, min(i + size, count)) for i in range(0, count, size)]
+
+
 def parse_part(text: str) -> tuple[int, int]:
     """`--shard i/n` to (i, n).
 

@@ -23,7 +23,7 @@ import yaml
 from PIL import Image
 
 from limner.config import Sampler, build, to_dict
-from limner.engine import Progress, run_shards
+from limner.engine import Progress, run_shards, spans
 from limner.figures.assets import DATA, SPLITS
 from limner.figures.make import draw, row
 from limner.store import is_complete, open_step, shards
@@ -130,7 +130,7 @@ def make_images(world: World) -> None:
                 progress(1)
             return {"part": pa.Table.from_pylist(rows)}
 
-        tasks = [range(i, min(i + 250, count)) for i in range(0, count, 250)]
+        tasks = spans(count, 250)
         if run_shards(step, tasks, work, units=lambda span, n=2 if taught else 1: len(span) * n, name=f"images {split}"):  # type: ignore[misc]
             step.finish({"figures": count})
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from limner import seeds
 from limner.config import Data, Sampler
-from limner.engine import Progress, run_shards
+from limner.engine import Progress, run_shards, spans
 from limner.images import bucket_sizes, choose_bucket, decode, encode_png, fit_to, image_size, to_tensor
 from limner.models.stable_diffusion import Pipeline
 from limner.pool import sample
@@ -158,11 +158,6 @@ def make_reconstructions(
     tasks = spans(len(prompts), prompts_per_shard)
     if run_shards(step, tasks, work, units=lambda p: len(p) * len(timesteps), name=folder.name, part=part):
         step.finish({"images": len(prompts) * len(timesteps), "timesteps": sorted(timesteps)})
-
-
-def spans(count: int, size: int) -> list[range]:
-    """0 .. count in ranges of at most `size`."""
-    return [range(i, min(i + size, count)) for i in range(0, count, size)]
 
 
 def latents_table(latents: Sequence[tuple[str, Tensor]]) -> pa.Table:

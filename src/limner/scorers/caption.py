@@ -10,16 +10,15 @@ HG-DPO captioned training and test photos with different models, so that a habit
 from __future__ import annotations
 
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
 
-from limner.engine import Progress, run_shards
+from limner.engine import Progress, run_shards, spans
 from limner.images import decode
 from limner.records import Image, Prompt, to_table
 from limner.scorers.backends import Answer, Backend, Journal, Question, ask_all
-from limner.scorers.files import Source, files_hash
+from limner.scorers.files import Source, files_hash, reader_of
 from limner.store import open_step, read_rows
 
 QUESTION = (
@@ -48,14 +47,11 @@ def caption_files(
     }  # fmt: skip
     step = open_step(folder, "prompts", config, {"images": files_hash(source.path)})
     journal = Journal(folder / "captions.answers.jsonl", backend.model)
-    tasks = [range(a, min(a + images_per_shard, total)) for a in range(0, total, images_per_shard)]
-    mine = frozenset(i for i in range(len(tasks)) if i % part[1] == part[0] and not step.has(i))
-    rows, at = source.images(images_per_shard, mine), 0
+    tasks = spans(total, images_per_shard)
+    take = reader_of(source, step, tasks, images_per_shard, part)
 
     def work(_: int, task: range, progress: Progress) -> dict[str, pa.Table]:
-        nonlocal at
-        images = list(islice(rows, task.start - at, task.stop - at))
-        at = task.stop
+        images = take(task)
         found: list[Prompt] = []
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]

@@ -11,7 +11,7 @@ import csv
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from limner.engine import Progress, run_shards
+from limner.engine import Progress, run_shards, spans
 from limner.inputs import iter_images
 from limner.records import Image, Score, to_table
 from limner.scorers.combine import Floats, Scale, combine, pareto
 from limner.scorers.protocol import Scorer, describe
 from limner.scorers.steps import keep_answers, score_images
 from limner.statistics import mean_interval
-from limner.store import open_step, read_rows, sha256, write_atomic
+from limner.store import Step, open_step, read_rows, sha256, write_atomic
 
 SHOWN = 3  # reasons that a summary lists
 
@@ -54,6 +54,20 @@ class Source:
             if not image.text and self.prompt:
                 image = replace(image, text=self.prompt, prompt_id=hashlib.sha256(self.prompt.encode()).hexdigest()[:16])
             yield image
+
+
+def reader_of(source: Source, step: Step, tasks: Sequence[range], size: int, part: tuple[int, int]) -> Callable[[range], list[Image]]:
+    """A function that gives the images of one task after another; pixels only of shards of `size` that this process has yet to make."""
+    mine = frozenset(i for i in range(len(tasks)) if i % part[1] == part[0] and not step.has(i))
+    rows, at = source.images(size, mine), 0
+
+    def take(task: range) -> list[Image]:
+        nonlocal at
+        images = list(islice(rows, task.start - at, task.stop - at))
+        at = task.stop
+        return images
+
+    return take
 
 
 def score_files(
@@ -84,14 +98,11 @@ def score_files(
     }  # fmt: skip
     keep_answers(scorers, folder)
     step = open_step(folder, "scores", config, {"images": files_hash(source.path)})
-    tasks = [range(a, min(a + images_per_shard, total)) for a in range(0, total, images_per_shard)]
-    mine = frozenset(i for i in range(len(tasks)) if i % part[1] == part[0] and not step.has(i))
-    rows, at = source.images(images_per_shard, mine), 0
+    tasks = spans(total, images_per_shard)
+    take = reader_of(source, step, tasks, images_per_shard, part)
 
     def work(_: int, task: range, progress: Progress) -> dict[str, pa.Table]:
-        nonlocal at
-        images = list(islice(rows, task.start - at, task.stop - at))
-        at = task.stop
+        images = take(task)
         return {"part": to_table(Score, score_images(images, scorers, batch_size, progress))}
 
     done = run_shards(step, tasks, work, units=len, name="score", part=part)
