@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
 
@@ -26,9 +27,7 @@ def score_images(
     is not a number.
     """
     values: dict[tuple[int, str], float | str] = {}
-    for start in range(0, len(images), batch_size):
-        rows = range(start, min(start + batch_size, len(images)))
-        pictures = dict(zip(rows, in_threads(_decoded, [images[i].image for i in rows])))
+    for pictures in _decoded_ahead(images, batch_size):
         for scorer in scorers:
             asked: list[tuple[int, PIL.Image.Image]] = []
             for i, picture in pictures.items():
@@ -40,8 +39,22 @@ def score_images(
                     asked.append((i, picture))
             found = answers(scorer, [p for _, p in asked], [images[i].text for i, _ in asked]) if asked else []
             values |= {(i, scorer.name): value for (i, _), value in zip(asked, found)}
-        progress(len(rows))
+        progress(len(pictures))
     return [_row(image, scorer, values[i, scorer.name]) for i, image in enumerate(images) for scorer in scorers]
+
+
+def _decoded_ahead(images: Sequence[Image], batch_size: int) -> Iterator[dict[int, PIL.Image.Image | str]]:
+    """Batches of pictures by position. The next one is decoded while a batch is scored, so that a device does not wait for files."""
+
+    def read(start: int) -> dict[int, PIL.Image.Image | str]:
+        rows = range(start, min(start + batch_size, len(images)))
+        return dict(zip(rows, in_threads(_decoded, [images[i].image for i in rows])))
+
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(read, 0)
+        for start in range(0, len(images), batch_size):
+            batch, following = following.result(), pool.submit(read, start + batch_size)
+            yield batch
 
 
 def _decoded(data: bytes) -> PIL.Image.Image | str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 
 from limner.config import build, to_dict
-from limner.steps.run import load_scorer, resolve
+from limner.steps.run import load_scorer, load_scorers, resolve
 
 if TYPE_CHECKING:
     from limner.evaluation.choices import EvaluateScorers
@@ -103,7 +103,7 @@ def evaluate(config: EvaluateScorers) -> dict[str, Any]:
         about = resolve(spec.path, name) / "training.json"
         if about.is_file():
             seen[name] = json.loads(about.read_text())["generators"]
-    found = evaluate_choices(config, [load_scorer(name, spec) for name, spec in config.scorers.items()], seen)
+    found = evaluate_choices(config, list(load_scorers(config.scorers).values()), seen)
     print(table(found))
     print(f"wrote {config.output_dir}/agreement.json and scores.parquet")
     return found
