@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
@@ -16,6 +16,9 @@ from limner.images import decode, in_threads, to_tensor
 from limner.records import Image, Score, from_table, to_table
 from limner.scorers.protocol import PictureScorer, Scorer, describe
 from limner.store import input_hash, open_step, read_table, shards
+
+FEEDBACK = "feedback"  # the name of scores that say what was preferred
+PREFERRED = 512  # images a shard of them
 
 
 def score_images(
@@ -89,6 +92,29 @@ def _row(image: Image, scorer: Scorer, value: float | str) -> Score:
         image_id=image.id, prompt_id=image.prompt_id, scorer=scorer.name, score=None if reason else float(value), reason=reason,
         revision=scorer.revision,
     )  # fmt: skip
+
+
+def write_preferences(folder: Path, images: Iterable[Image], scores: Mapping[str, float]) -> int:
+    """Two step folders that stages with `from: feedback` read: `images`, those that have a score, and their `scores`; returns how many."""
+    steps = [open_step(folder / "images", "feedback images", {}, {}), open_step(folder / "scores", "scores", {}, {})]
+    count, part, shard = 0, list[Image](), 0
+
+    def write() -> None:
+        rows = [Score(image_id=i.id, prompt_id=i.prompt_id, scorer=FEEDBACK, score=scores[i.id]) for i in part]
+        for step, table in zip(steps, (to_table(Image, part), to_table(Score, rows))):
+            step.write(shard, table)
+
+    for image in images:
+        part.append(image)
+        count += 1
+        if len(part) == PREFERRED:
+            write()
+            part, shard = [], shard + 1
+    if part or not shard:
+        write()
+    for step in steps:
+        step.finish({"rows": count})
+    return count
 
 
 def make_scores(images_folder: Path, folder: Path, scorers: Sequence[Scorer], batch_size: int = 64, part: tuple[int, int] = (0, 1)) -> None:
