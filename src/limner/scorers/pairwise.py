@@ -32,7 +32,7 @@ from limner.records import Choice, Image, to_table
 from limner.scorers.backends import Backend, Journal
 from limner.scorers.files import Source, files_hash
 from limner.scorers.judge import PAIRWISE, both_orders, png
-from limner.scorers.published import prompt_id
+from limner.scorers.rows import prompt_id
 from limner.scorers.steps import write_preferences
 from limner.statistics import bootstrap
 from limner.store import open_step, read_rows, read_table, shards, write_atomic

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from limner.scorers.exchange import Import
     from limner.scorers.objective import TrainScorer
     from limner.scorers.pairwise import JudgePairs
-    from limner.scorers.published import Dropped
+    from limner.scorers.rows import Dropped
 
 T = TypeVar("T")
 
