@@ -23,7 +23,7 @@ from limner.scorers.reader import PEAK, FigureReader, Reader, measure_limits, pe
 
 PATHS, ODDS = ("raw", "recon"), (0.25, 0.75)
 SWAPS = 3  # wrong captions a picture
-IGNORED = -100  # part of a pixel that a defect covers
+IGNORED = 255  # part of a pixel that a defect covers
 BODY = ("background", *PARTS)  # what the reader's part maps name
 
 

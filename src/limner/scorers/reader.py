@@ -1,8 +1,8 @@
 """The reader: what a picture of a figure shows. Attributes, joints, defects; it judges and never selects or trains.
 
 One convolutional trunk with five kinds of heads: an attribute each, joint heatmaps at half resolution, body parts at full
-resolution, a defect map at half resolution and a defect logit. Attributes are read part by part. Its features (for the Fréchet distance and diversity) are made of these heads, because features
-that only know captions do not see flaws.
+resolution, a defect map at half resolution and a defect logit. Attributes are read part by part. Its features (for the Fréchet
+distance and diversity) are made of these heads, because features that only know captions do not see flaws.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class Reader(nn.Module):
         self.joints, self.parts = list(joints), list(parts)
         self.channels, self.width = list(channels), width
         f, a, b, c = channels
-        self.full = nn.Sequential(nn.Conv2d(3, f, 3, 1, 1, bias=False), nn.BatchNorm2d(f), nn.ReLU(inplace=True))  # 64
-        self.half = nn.Sequential(nn.Conv2d(f, a, 3, 2, 1, bias=False), nn.BatchNorm2d(a), nn.ReLU(inplace=True), Residual(a, a))  # 32
-        self.quarter = nn.Sequential(Residual(a, b, 2), Residual(b, b))  # 16
-        self.eighth = nn.Sequential(Residual(b, c, 2), Residual(c, c))  # 8
+        self.stem = nn.Sequential(nn.Conv2d(3, f, 3, 1, 1, bias=False), nn.BatchNorm2d(f), nn.ReLU(inplace=True))  # 64
+        self.at_half = nn.Sequential(nn.Conv2d(f, a, 3, 2, 1, bias=False), nn.BatchNorm2d(a), nn.ReLU(inplace=True), Residual(a, a))  # 32
+        self.at_quarter = nn.Sequential(Residual(a, b, 2), Residual(b, b))  # 16
+        self.at_eighth = nn.Sequential(Residual(b, c, 2), Residual(c, c))  # 8
         self.up_quarter, self.up_half, self.up_full = Residual(b + c, b), Residual(a + b, a), Residual(f + a, f)
         self.maps = nn.Conv2d(a, len(joints) + 1, 1)
         self.part_maps = nn.Conv2d(f, len(parts), 1)
@@ -66,10 +66,10 @@ class Reader(nn.Module):
         """Images (B, 3, 64, 64) in [0, 1] to logits: each attribute (B, values), joints (B, J, 32, 32), parts (B, P, 64, 64),
         defect_map (B, 32, 32), defect (B,), and the hidden layers summary and soundness (B, width)."""
         x = ((images - 0.5) * 4).contiguous(memory_format=torch.channels_last)
-        full = self.full(x)
-        half = self.half(full)
-        quarter = self.quarter(half)
-        eighth = self.eighth(quarter)
+        full = self.stem(x)
+        half = self.at_half(full)
+        quarter = self.at_quarter(half)
+        eighth = self.at_eighth(quarter)
         up = self.up_quarter(torch.cat([quarter, F.interpolate(eighth, scale_factor=2)], 1))
         fine = self.up_half(torch.cat([half, F.interpolate(up, scale_factor=2)], 1))
         finest = self.up_full(torch.cat([full, F.interpolate(fine, scale_factor=2)], 1))
@@ -175,7 +175,7 @@ def peaks(heat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def joint_measures(names: Sequence[str], first: np.ndarray, second: np.ndarray, spots: np.ndarray) -> dict[str, np.ndarray]:
-    """Numbers that tell a sound skeleton: `second` (highest second peak), `weakest` (1 - the lowest first peak), a ratio a bone (NaN if unseen)."""
+    """Numbers that tell a sound skeleton: `second` (highest second peak), `weakest` (1 - lowest first peak), a ratio a bone (or NaN)."""
     seen = first > PEAK
     at = {n: i for i, n in enumerate(names)}
     hips = (spots[:, at["left_hip"]] + spots[:, at["right_hip"]]) / 2
