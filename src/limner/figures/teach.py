@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from scipy.ndimage import maximum_filter
 from torch import Tensor
 
-from limner import checkpoint
 from limner.figures.body import JOINTS, PARTS
 from limner.figures.captions import describe
+from limner.figures.fitting import resume, train
 from limner.figures.lessons import Lessons, degrade, heatmaps, mirror_joints, shift, vary
 from limner.figures.scene import ATTRIBUTES
-from limner.loop import Every, Metrics, Optimisation, fit, schedule
+from limner.loop import Metrics
 from limner.scorers.dual import DualConfig, DualEncoder, tokenize, vocabulary_of
 from limner.scorers.losses import contrastive, pickscore
 from limner.scorers.reader import PEAK, FigureReader, Reader, measure_limits, peaks
@@ -25,34 +25,6 @@ PATHS, ODDS = ("raw", "recon"), (0.25, 0.75)
 SWAPS = 3  # wrong captions a picture
 IGNORED = 255  # part of a pixel that a defect covers
 BODY = ("background", *PARTS)  # what the reader's part maps name
-
-
-def _resume(folder: Path, model: torch.nn.Module, lr: float, steps: int, warmup: int = 50) -> tuple[Optimisation, int]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
-    o = Optimisation(list(model.parameters()), optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule("cosine", warmup, steps)))
-    found = checkpoint.latest(folder)
-    if found is None:
-        return o, 0
-    weights, state, meta = checkpoint.load(found)
-    model.load_state_dict(weights["model"])
-    o.load_state_dict(state)
-    return o, int(meta["step"])
-
-
-def _fit(name: str, folder: Path, model: torch.nn.Module, o: Optimisation, start: int, steps: int, loss: Any, batches: Any) -> None:
-    def save(step: int) -> None:
-        checkpoint.save(folder, step, {"model": model.state_dict()}, o, {})
-
-    recent: list[Metrics] = []
-
-    def log(step: int, metrics: Metrics) -> None:
-        recent.append(metrics)
-        if step % 25 == 0:
-            means = {k: sum(m[k] for m in recent[-25:]) / len(recent[-25:]) for k in metrics if k not in ("lr",)}
-            print(f"{name} {step} " + " ".join(f"{k} {v:.4g}" for k, v in means.items()), flush=True)
-
-    every: list[Every] = [(1, log), (200, lambda step, _: save(step))]
-    fit(loss, batches, o, max_train_steps=steps, start=start, every=every, save=save, name=name)
 
 
 def pictures(lessons: Lessons, kinds: np.ndarray, rows: np.ndarray, paths: list[str], flips: np.ndarray) -> list[np.ndarray]:
@@ -80,7 +52,7 @@ def train_scorer(
     """
     torch.manual_seed(seed)
     model = DualEncoder(config, vocabulary_of(tokenizer)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    o, start = _resume(folder, model, lr, steps)
+    o, start = resume(folder, model, lr, steps)
     paths = [p for p in PATHS if p in lessons.images]
     odds = np.array([ODDS[PATHS.index(p)] for p in paths])
 
@@ -114,7 +86,7 @@ def train_scorer(
             "swaps": (s_better > s_swapped).float().mean().item(),
         }  # fmt: skip
 
-    _fit(folder.name, folder, model, o, start, steps, loss, batches)
+    train(folder.name, folder, model, o, start, steps, loss, batches)
     return model.eval()
 
 
@@ -143,7 +115,7 @@ def train_reader(
     """Attributes, joint heatmaps, body parts, defect map and logit, on sound and defective pictures of every path, with augmentation."""
     torch.manual_seed(seed)
     model = Reader(ATTRIBUTES, JOINTS, BODY, channels).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    o, start = _resume(folder, model, lr, steps)
+    o, start = resume(folder, model, lr, steps)
     paths = [p for p in PATHS if p in lessons.images]
     odds = np.array([ODDS[PATHS.index(p)] for p in paths])
 
@@ -184,7 +156,7 @@ def train_reader(
             "right": right,
         }  # fmt: skip
 
-    _fit(folder.name, folder, model, o, start, steps, loss, batches)
+    train(folder.name, folder, model, o, start, steps, loss, batches)
     return model.eval()
 
 
