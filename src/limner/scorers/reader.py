@@ -56,7 +56,7 @@ class Reader(nn.Module):
         self.maps = nn.Conv2d(a, len(joints) + 1, 1)
         self.part_maps = nn.Conv2d(f, len(parts), 1)
         self.layout = nn.Conv2d(c, LAYOUT, 1)  # few channels, but where: a pose is a matter of places
-        known = 2 * c + LAYOUT * 64 + len(parts) * (3 + f + 1)
+        known = 2 * c + LAYOUT * 64 + len(parts) * (3 + f + 1) + len(parts) * (len(parts) - 1) // 2
         self.summary = nn.Sequential(nn.Linear(known, 2 * width), nn.ReLU(inplace=True), nn.Linear(2 * width, width), nn.ReLU(inplace=True))
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in self.attributes.items()})
         self.soundness = nn.Sequential(nn.Linear(known + 2 * a + 2 + len(joints), width), nn.ReLU(inplace=True))
@@ -89,14 +89,18 @@ class Reader(nn.Module):
 
 
 def by_part(features: Tensor, parts: Tensor) -> Tensor:
-    """Mean features (B, C, H, W) of each body part, and its size: (B, P * (C + 1)).
+    """Mean features (B, C, H, W) of each body part, its size, and how far the colours (the first three features) of any two parts
+    lie apart: (B, P * (C + 1) + P * (P - 1) / 2).
 
-    What tells sleeves or hair from each other are the colours of some twenty pixels, which a coarse grid blends away.
+    Long sleeves are a forearm of the upper arm's colour instead of the face's: some twenty pixels, which a coarse grid blends
+    away, and a comparison, which a network does not learn from colours alone.
     """
     share = parts.softmax(1).flatten(2)
     size = share.sum(2)
     means = share @ features.flatten(2).transpose(1, 2) / (size[..., None] + 1)
-    return torch.cat([means.flatten(1), (size + 1).log() / 4], 1)
+    one, other = torch.triu_indices(parts.shape[1], parts.shape[1], 1)
+    apart = ((means[:, one, :3] - means[:, other, :3]).square().sum(2) + 1e-4).sqrt()  # the root of 0 has no gradient
+    return torch.cat([means.flatten(1), (size + 1).log() / 4, apart], 1)
 
 
 @dataclass
