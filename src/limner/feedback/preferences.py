@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from limner.feedback.items import iter_images
+from limner.feedback.items import images_of
 from limner.feedback.payloads import of_kind
 from limner.feedback.study import Study
 from limner.records import Feedback, Image, Score, to_table
@@ -51,7 +51,7 @@ def write_preferences(study: Study, rows: Sequence[Feedback], folder: Path) -> i
     found = preferences(rows)
     images, scores = open_step(folder / "images", "feedback images", {}, {}), open_step(folder / "scores", "scores", {}, {})
     count, part, shard = 0, list[Image](), 0
-    for image in _seen(study, found):
+    for image in images_of(study, found):
         part.append(image)
         count += 1
         if len(part) == SHARD:
@@ -62,15 +62,6 @@ def write_preferences(study: Study, rows: Sequence[Feedback], folder: Path) -> i
     for step in (images, scores):
         step.finish({"rows": count})
     return count
-
-
-def _seen(study: Study, found: dict[str, float]) -> Iterator[Image]:
-    done = set[str]()
-    for source in filter(None, (study.images.source, study.images.against)):
-        for image in iter_images(source):
-            if image.id in found and image.id not in done:
-                done.add(image.id)
-                yield image
 
 
 def _write(images: Step, scores: Step, shard: int, part: list[Image], found: dict[str, float]) -> None:
