@@ -18,7 +18,8 @@ from limner.feedback.exchange import write_rows as write_feedback
 from limner.images import encode_png
 from limner.records import Choice, Image, from_table, to_table
 from limner.scorers.choices import Choices, generators_of, pairs, problem, prompt_weights, shares
-from limner.scorers.published import Dropped, read_choices
+from limner.scorers.published import read_choices
+from limner.scorers.rows import Dropped
 from limner.store import open_step
 
 
@@ -114,6 +115,25 @@ def test_hpd_v2_train_and_test(tmp_path):
     assert rows[0].kind == "ranking" and pairs(rows[0]) == [(0, 1, 1.0), (0, 2, 0.0), (1, 2, 0.0)], "the lower rank is better"
 
 
+def test_hpd_v2_rater_by_rater(tmp_path):
+    """Two raters of three images whose ranks add up to the average's order; ranks that order the images the other way round are refused."""
+    row = {"prompt": "a cat", "image_path": ["a.jpg", "b.jpg", "c.jpg"], "rank": [2, 3, 1]}
+    said = [{"rank": [2, 3, 1], "user_hash": "u1"}, {"rank": [1, 2, 1], "user_hash": "u2"}]
+    turned, short = [{"rank": [2, 1, 3], "user_hash": "u1"}], [{"rank": [1, 2], "user_hash": "u1"}]
+    source = [{**row, "raw_annotations": r} for r in (said, turned, short)]
+    rows, dropped = read("hpd_v2", write_json(tmp_path / "test.json", source), each_rater=True)
+    assert [(r.id, r.rater, r.said, r.kind) for r in rows] == [
+        ("hpd_v2-0000000-0", "u1", (2, 3, 1), "ranking"), ("hpd_v2-0000000-1", "u2", (1, 2, 1), "ranking"),
+    ]  # fmt: skip
+    assert [d.reason for d in dropped] == ["raw_annotations contradict the averaged rank", "raw_annotations do not rank every image"]
+    with pytest.raises(ValueError, match=r"row 0: no raw_annotations \(found: prompt, image_path, rank\); leave each_rater out"):
+        read("hpd_v2", write_json(tmp_path / "test.json", [row]), each_rater=True)
+    pair = {"prompt": "a cat", "file_path": ["a.jpg", "b.jpg"], "human_preference": [0, 1], "user_hash": "u3"}
+    assert read("hpd_v2", write_json(tmp_path / "train.json", [pair]))[0][0].rater == "u3"
+    with pytest.raises(ValueError, match=r"each_rater: .*train\.json is no test\.json"):
+        read("hpd_v2", tmp_path / "train.json", each_rater=True)
+
+
 def test_hpd_v3_does_not_leave_the_preferred_image_first(tmp_path):
     source = [
         {
@@ -177,6 +197,58 @@ def test_imagereward_with_ties_as_equal_ranks(tmp_path):
     rows, dropped = read("imagereward", write_json(tmp_path / "test.json", source))
     assert [p for *_, p in pairs(rows[0])] == [1, 1, 1, 0.5, 1, 1]
     assert dropped[0].reason == "an image is there twice"
+
+
+SAMPLES = [  # prompt_id, image, rank; of the second prompt an image is missing
+    ("1-0", "images/train/train_1/a.webp", 2), ("1-0", "images/train/train_1/b.webp", 1), ("1-0", "images/train/train_1/c.webp", 2),
+    ("2-0", "images/train/train_1/d.webp", 1),
+    ("3-0", "images/train/train_1/e.webp", 2), ("3-0", "images/train/train_1/f.webp", 1),
+]  # fmt: skip
+AMOUNTS = {"1-0": 3, "2-0": 2, "3-0": 2}
+
+
+def test_imagerewarddb_an_image_a_row(tmp_path):
+    """The JSON in the dataset's archives."""
+    source = [
+        {
+            "image_path": path, "prompt_id": p, "prompt": f"prompt {p}", "classification": "People", "image_amount_in_total": AMOUNTS[p],
+            "rank": rank, "overall_rating": 5, "image_text_alignment_rating": 5, "fidelity_rating": 6,
+        }
+        for p, path, rank in SAMPLES
+    ]  # fmt: skip
+    rows, dropped = read("imagereward", write_json(tmp_path / "train_1.json", source))
+    assert [(r.text, r.said, r.kind) for r in rows] == [("prompt 1-0", (2, 1, 2), "ranking"), ("prompt 3-0", (2, 1), "ranking")]
+    assert rows[0].files[1] == "images/train/train_1/b.webp"
+    assert dropped == [Dropped("train_1.json: row 3", "not all images of the prompt are there")]
+
+
+@pytest.mark.parametrize("shape", ["", "_group", "_pair"])
+def test_imagerewarddb_as_datasets_saves_it(tmp_path, shape, capsys):
+    """The features of the dataset's loading script, written by the package datasets; the images come along."""
+    datasets = pytest.importorskip("datasets")
+    text, small, image = datasets.Value("string"), datasets.Value("int8"), datasets.Image()
+    shared = {"prompt_id": text, "prompt": text, "classification": text}
+    drawn = {path: {"path": path, "bytes": picture(i)} for i, (_, path, _) in enumerate(SAMPLES)}
+    groups = {p: [(drawn[path], rank) for q, path, rank in SAMPLES if p == q] for p in ("1-0", "3-0")}
+    of = {p: {"prompt_id": p, "prompt": f"prompt {p}", "classification": "People"} for p in groups}
+    if shape == "_group":
+        features = {**shared, "image": datasets.Sequence(image), "rank": datasets.Sequence(small)}
+        found = [{**of[p], "image": [i for i, _ in g], "rank": [r for _, r in g]} for p, g in groups.items()]
+    elif shape == "_pair":
+        features = {**shared, "img_better": image, "img_worse": image}
+        found = [{**of[p], "img_better": g[1][0], "img_worse": i} for p, g in groups.items() for i, r in g if r == 2]
+    else:
+        features = {"image": image, **shared, "image_amount_in_total": small, "rank": small}
+        found = [{**of[p], "image": i, "image_amount_in_total": len(g), "rank": r} for p, g in groups.items() for i, r in g]
+    datasets.Dataset.from_list(found, features=datasets.Features(features)).to_parquet(tmp_path / "train-00000.parquet")
+    words = ["--format", "imagereward", "--source", str(tmp_path / "train-00000.parquet"), "--output_dir", str(tmp_path / "out")]
+    assert main(["scorer", "import", *words]) == 0
+    choices = Choices(tmp_path / "out")
+    better = {
+        (row.text, choices.encoded(n)[i if p == 1 else j]) for n, row in enumerate(choices.rows) for i, j, p in pairs(row) if p != 0.5
+    }
+    assert better == {("prompt 1-0", picture(1)), ("prompt 3-0", picture(5))}
+    assert [len(r.files) for r in choices.rows] == ([2, 2, 2] if shape == "_pair" else [3, 2])
 
 
 def test_evalmuse_ranks_images_of_a_prompt_by_their_mean_rating(tmp_path):

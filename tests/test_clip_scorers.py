@@ -168,6 +168,31 @@ def test_a_prompt_is_encoded_once(files: Path, monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(scorer(images, PROMPTS), first) and len(seen) == len(set(PROMPTS))
 
 
+@pytest.mark.filterwarnings("ignore:.*are longer than the")
+def test_scorers_of_one_file_share_its_tower(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each picture goes once through the weights, where the crops are the same, whoever else asks for it; scores are those of one alone."""
+    kinds = ["hps_v1", "clip_iqa_quality", "hps_v2", "aesthetic_v2", "clip_score_w"]
+    alone, together = ([load(files, k) for k in kinds] for _ in range(2))
+    clip.share_towers(together)
+    assert len({id(s.model) for s in together}) == 2  # OpenAI's, and LAION's
+    sizes, through, counts = [(24, 24), (33, 24), (24, 40)], list[int](), list[int]()  # 16 x 16, and crops of 6 and 10 over: all even
+    shown = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (h, w, 3), dtype=np.uint8)) for i, (w, h) in enumerate(sizes)]
+    features = tower.image_features
+    monkeypatch.setattr(tower, "image_features", lambda model, pixels: (through.append(len(pixels)), features(model, pixels))[1])
+    for pictures_, texts in (([shown[0], shown[2]], ["a man", "red"]), (shown, ["a man", "and", "red"]), ([shown[1]] * 2, ["red", "and"])):
+        found = [s.score_pictures(pictures_, texts) for s in together]
+        counts.append(sum(through))
+        for scorer, values in zip(alone, found):
+            before = len(through)
+            assert scorer.score_pictures(pictures_, texts) == pytest.approx(values, rel=1e-5)
+            del through[before:]
+    assert counts == [2 + 2, 4 + 1 + 3, 8 + 2]  # hps_v2 has nobody to share with
+    shown.clear()
+    del pictures_
+    again = [Image.new("RGB", (24, 24), (200, 30, 30))]  # may lie where another lay
+    assert together[0].score_pictures(again, ["red"]) == pytest.approx(alone[0].score_pictures(again, ["red"]), rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["hps_v2", "clip_iqa_quality", "aesthetic_v1"])
 def test_gradients_reach_the_image(files: Path, kind: str) -> None:
     """And they are right: a small step along them raises the score by their square norm times the step, to 10 %."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from limner.config import Sampler
 from limner.figures import captions, defects, lessons, make, scene
 from limner.figures.body import JOINTS, PARTS, build_meshes
 from limner.figures.render import camera, cast, turn
+from limner.figures.teach import reword
 from limner.models.stable_diffusion import wrap
+from limner.scorers.reader import peaks
 from tiny import tiny_pipeline
 
 
@@ -167,6 +170,66 @@ def test_heatmaps_peak_at_the_joints_and_mirror_with_them():
     assert mirrored[right].argmax() == 16 * 32 + 23
 
 
+def _row(**changes):
+    """A row's joints lie side by side on pixel centres of the heatmap; all seen but the head, which hides; the defect as given."""
+    seen = [k for k in range(14) if k != 0]
+    row = {
+        "joints": [v for k in range(14) for v in ((k + 0.5) / 32, 16.5 / 32)],
+        "visible": [k in seen for k in range(14)],
+        "defect_limb": "",
+    }
+    return {**row, "defect_joints": [{"joint": k, "x": (k + 0.5) / 32, "y": 16.5 / 32} for k in seen], **changes}
+
+
+def test_joints_of_a_wrong_limb_are_gone_hidden_ones_are_not():
+    wrist, elbow = JOINTS.index("left_wrist"), JOINTS.index("left_elbow")
+    sound, twisted = lessons._joints(_row(defect="twisted_limb", defect_limb="left_arm"))
+    assert [k for k, *_ in sound] == list(range(14))
+    assert [k for k, *_ in twisted] == [k for k in range(14) if k not in (elbow, wrist)]
+    smeared = _row(defect="smeared_texture")
+    smeared["defect_joints"] = [j for j in smeared["defect_joints"] if j["joint"] != wrist]
+    assert [k for k, *_ in lessons._joints(smeared)[1]] == [k for k in range(14) if k != wrist]
+
+
+def test_a_second_limb_has_its_joints_twice():
+    wrist = JOINTS.index("left_wrist")
+    row = _row(defect="extra_limb", defect_limb="left_arm")
+    row["defect_joints"].append({"joint": wrist, "x": 24.5 / 32, "y": 4.5 / 32})
+    heat = lessons.heatmaps(lessons._joints(row)[1])
+    first, second, _ = peaks(torch.from_numpy(heat)[None])
+    assert second[0, wrist] > 0.8 and sum(second[0] > 0.1) == 1 and (first > 0.8).all()
+
+
+def test_a_shift_moves_by_pixels_and_repeats_the_edge():
+    x = np.arange(9).reshape(3, 3)
+    assert lessons.shift(x, 1, 0).tolist() == [[0, 1, 2], [0, 1, 2], [3, 4, 5]]
+    assert lessons.shift(x, 0, -1).tolist() == [[1, 2, 2], [4, 5, 5], [7, 8, 8]]
+
+
+def _said(text):
+    """What a caption says, read with patterns of this test's own."""
+    find = lambda pattern, where=text: tuple(re.findall(pattern, where))  # noqa: E731
+    pose = next(i for i, p in enumerate(["stand", "walk", "run|jog", "knee", "wav", "cheer|arms", "kick", "point"]) if find(p))
+    place = next(i for i, p in enumerate(["park|grass", "beach|sand", "city|street", "room|indoors", "snow"]) if find(p))
+    colours = "red|blue|green|yellow|white|black|purple|pink"
+    return {
+        "sex": find(r"\b(?:wo)?man"), "hair": find(r"(\w+) hair"), "length": find(r"with (short|long) "),
+        "clothes": find(colours, re.sub(r"\w+ hair", "", text)), "sleeves": bool(find("long-sleeved|sweater")),
+        "legs": bool(find("shorts")), "pose": pose, "place": place,
+    }  # fmt: skip
+
+
+def test_a_swap_changes_one_named_attribute():
+    rng = np.random.default_rng(0)
+    attributes = np.array([0, 2, 0, 2, 1, 3, 1, 4, 2])
+    for _ in range(40):
+        right, *wrong = (_said(t) for t in reword(attributes, rng, 3))
+        assert right["sex"] == ("man",) and right["clothes"] == ("green", "yellow") and right["place"] == 2
+        changed = [[k for k in right if other[k] != right[k]] for other in wrong]
+        assert all(len(c) == 1 for c in changed)
+        assert all(sum(x != y for x, y in zip(o["clothes"], right["clothes"])) <= 1 for o in wrong)
+
+
 def test_a_picture_and_its_copy_take_the_same_path(tmp_path):
     """Copies equal to their originals come out equal; t = 0 is the autoencoder alone; a second call needs no model."""
     rng = np.random.default_rng(3)
@@ -176,7 +239,7 @@ def test_a_picture_and_its_copy_take_the_same_path(tmp_path):
     sampler = Sampler(num_inference_steps=10, guidance_scale=1.0)
 
     def path(model):
-        found = lessons.Lessons(["a man"] * 3, ["a woman"] * 3, np.zeros((3, 1), int), {"raw": both}, [], np.zeros((3, 16, 16), bool))
+        found = lessons.Lessons(["a man"] * 3, ["a woman"] * 3, np.zeros((3, 1), int), {"raw": both}, [], *np.zeros((2, 3, 16, 16)))
         lessons.add_paths(found, model, tmp_path / "paths", 0, sampler, batch=1)
         return found.images["recon"]
 

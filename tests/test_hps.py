@@ -226,8 +226,10 @@ def test_what_really_looks(tmp_path):
     """Classes are the reader's poses, as probabilities."""
     torch.manual_seed(0)
     joints = list(JOINTS)
-    model = Reader({"sex": ["man", "woman"], "pose": ["standing", "kicking", "waving"]}, joints, (8, 8, 16), 8).eval()
-    limits = {k: [-1.0, 1.0] for k in ["second", "unseen", *(f"{a}-{b}" for a, b in BONES)]}
+    model = Reader(
+        {"sex": ["man", "woman"], "pose": ["standing", "kicking", "waving"]}, joints, ["background", "body"], (4, 8, 8, 16), 8
+    ).eval()
+    limits = {k: [-1.0, 1.0] for k in ["second", "weakest", *(f"{a}-{b}" for a, b in BONES)]}
     save_reader(FigureReader(model, limits), tmp_path)
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(3))
     own = FigureReader(model, limits).read(images).attributes["pose"]

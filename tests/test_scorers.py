@@ -106,6 +106,17 @@ JOINTS = [
 ]  # fmt: skip
 
 
+PARTS = ["background", "torso", "forearm"]
+
+
+def test_parts_are_averaged_each_on_its_own_pixels():
+    """Two pixels of part 1 with values 1 and 3, two of part 0 with 5 and 7: sums 4 and 12 over one pixel more than the part has."""
+    parts = torch.full((1, 2, 2, 2), -50.0)
+    parts[0, 1, 0], parts[0, 0, 1] = 50.0, 50.0
+    found = reader.by_part(torch.tensor([[[[1.0, 3.0], [5.0, 7.0]]]]), parts)
+    assert found[0].tolist() == pytest.approx([12 / 3, 4 / 3, np.log(3) / 4, np.log(3) / 4])
+
+
 def test_peaks_finds_both_maxima():
     """A map with 0.9 at (x 3, y 5) and 0.6 at (x 20, y 10) of 32×32: heights 0.9 and 0.6, first at (3.5, 5.5)/32."""
     heat = torch.zeros(1, 1, 32, 32)
@@ -121,7 +132,7 @@ def test_a_limb_twice_as_long_is_implausible():
     spots = rng.uniform(0.2, 0.8, (1, 14, 2)) + rng.normal(0, 0.004, (200, 14, 2))
     first, second = np.full((200, 14), 0.9), np.full((200, 14), 0.05)
     limits = reader.measure_limits(JOINTS, first, second, spots)
-    model = reader.Reader({"sex": ["man", "woman"]}, JOINTS, (8, 8, 8), 8)
+    model = reader.Reader({"sex": ["man", "woman"]}, JOINTS, PARTS, (4, 8, 8, 8), 8)
     judge = reader.FigureReader(model, limits)
     middle = spots.mean(0, keepdims=True)
     long = middle.copy()
@@ -132,12 +143,15 @@ def test_a_limb_twice_as_long_is_implausible():
     doubled = second[:1].copy()
     doubled[0, wrist] = 0.8
     assert judge._doubt(first[:1], doubled, middle)[0] > 1
+    lost = first[:1].copy()
+    lost[0, wrist] = 0.1
+    assert judge._doubt(lost, second[:1], middle)[0] > 1
 
 
 def test_a_saved_reader_reads_as_before(tmp_path):
     torch.manual_seed(0)
-    model = reader.Reader({"sex": ["man", "woman"], "top": ["red", "blue", "green"]}, JOINTS, (8, 8, 16), 8).eval()
-    limits = {k: [-1.0, 1.0] for k in ["second", "unseen", *(f"{a}-{b}" for a, b in reader.BONES)]}
+    model = reader.Reader({"sex": ["man", "woman"], "top": ["red", "blue", "green"]}, JOINTS, PARTS, (4, 8, 8, 16), 8).eval()
+    limits = {k: [-1.0, 1.0] for k in ["second", "weakest", *(f"{a}-{b}" for a, b in reader.BONES)]}
     first = reader.FigureReader(model, limits, sure={"sex": 0.95, "top": 0.94})
     reader.save_reader(first, tmp_path)
     second = reader.load_reader(tmp_path)

@@ -18,7 +18,7 @@ COMMANDS: dict[str, str] = {
     "caption": "caption photos with a vision-language model; needs no recipe",
     "examples": "choose winners and losers (--stage)",
     "train": "train a stage (--stage)",
-    "scorer": "preference scorers of your own: import, export, train, evaluate",
+    "scorer": "preference scorers of your own: import, judge, export, train, evaluate",
     "generate": "images of the evaluation prompts from base and stages",
     "evaluate": "measure and compare; metrics.json",
     "report": "report.html and the table",
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
             c.add_argument("--reader", default="", help="simulate: of images without a known truth, what this reader sees is known")
             c.add_argument("--ties_misaligned", action="store_true", help="consolidate: words marked by half of the raters are misaligned")
         if name == "scorer":
-            c.add_argument("action", choices=["import", "export", "train", "evaluate"])
+            c.add_argument("action", choices=["import", "judge", "export", "train", "evaluate"])
         if name == "figures":
             c.add_argument("action", choices=["make", "hps"])
         c.add_argument("recipe", nargs="?", help="a YAML file")

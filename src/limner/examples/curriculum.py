@@ -14,9 +14,8 @@ from limner.config import Source, Stage
 from limner.engine import Progress, run_shards
 from limner.records import Example, Image, Prompt, Score, to_table
 from limner.scorers.combine import dominates
+from limner.scorers.steps import FEEDBACK  # also the name of the source: what raters or a judge saw
 from limner.store import input_hash, is_complete, open_step, read_manifest, read_rows, read_table, shards
-
-FEEDBACK = "feedback"  # the source of what raters saw, and the name of the scores that they gave
 
 
 @dataclass

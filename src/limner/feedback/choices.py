@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from limner.feedback import payloads
 from limner.records import Choice, Feedback, Image
-from limner.scorers.published import Dropped, prompt_id
+from limner.scorers.rows import Dropped, prompt_id
 
 
 def to_choices(rows: Iterable[Feedback], images: Mapping[str, Image]) -> Iterator[Choice | Dropped]:

@@ -8,11 +8,8 @@ from pathlib import Path
 from limner.feedback.items import images_of
 from limner.feedback.payloads import of_kind
 from limner.feedback.study import Study
-from limner.records import Feedback, Image, Score, to_table
-from limner.store import Step, open_step
-
-SCORER = "feedback"  # the name of these scores
-SHARD = 512  # images a shard
+from limner.records import Feedback
+from limner.scorers import steps as scorers
 
 
 def preferences(rows: Sequence[Feedback], question: str = "overall") -> dict[str, float]:
@@ -49,22 +46,4 @@ def write_preferences(study: Study, rows: Sequence[Feedback], folder: Path) -> i
         ValueError: as `open_step`, or the images cannot be read any more.
     """
     found = preferences(rows)
-    images, scores = open_step(folder / "images", "feedback images", {}, {}), open_step(folder / "scores", "scores", {}, {})
-    count, part, shard = 0, list[Image](), 0
-    for image in images_of(study, found):
-        part.append(image)
-        count += 1
-        if len(part) == SHARD:
-            _write(images, scores, shard, part, found)
-            part, shard = [], shard + 1
-    if part or not shard:
-        _write(images, scores, shard, part, found)
-    for step in (images, scores):
-        step.finish({"rows": count})
-    return count
-
-
-def _write(images: Step, scores: Step, shard: int, part: list[Image], found: dict[str, float]) -> None:
-    images.write(shard, to_table(Image, part))
-    rows = [Score(image_id=i.id, prompt_id=i.prompt_id, scorer=SCORER, score=found[i.id]) for i in part]
-    scores.write(shard, to_table(Score, rows))
+    return scorers.write_preferences(folder, images_of(study, found), found)

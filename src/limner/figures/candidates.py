@@ -118,7 +118,7 @@ def early_pipeline(config: Hps) -> Path:
     from diffusers import AutoencoderKL
 
     from limner.figures.base import train_base
-    from limner.figures.world import _save
+    from limner.figures.fitting import save_whole
 
     if config.early:
         return resolve(config.early)
@@ -130,7 +130,7 @@ def early_pipeline(config: Hps) -> Path:
         pipe = train_base(
             images, [r["prompt"] for r in rows], autoencoder, done.parent, max_train_steps=config.early_steps, seed=config.seed + 5
         )
-        _save(done, pipe.save_pretrained)
+        save_whole(done, pipe.save_pretrained)
     return done
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from limner import seeds
 from limner.config import ScorerSpec, build, to_dict
+from limner.figures import fitting
 from limner.figures.candidates import REAL, Hps, Row, make_images, observer, painter, pixels, read_candidates, world_rows
 from limner.figures.choosers import choose
 from limner.records import Choice
@@ -92,8 +93,6 @@ def make_choices(config: Hps, split: str) -> None:
 def make_tower(config: Hps) -> Path:
     """The contrastive tower: CLIP's loss on the world's training pictures and captions, mirrored and re-exposed."""
     from limner.figures.base import make_tokenizer
-    from limner.figures.teach import _fit, _resume
-    from limner.figures.world import _save
     from limner.scorers.dual import DualConfig, save_scorer, tokenize
     from limner.scorers.learner import new_dual
     from limner.scorers.losses import contrastive
@@ -109,7 +108,7 @@ def make_tower(config: Hps) -> Path:
     learner = new_dual(DualConfig(**{**to_dict(config.dual), "channels": tuple(config.dual.channels)}), folder / "tokenizer", config.seed)
     model: Any = learner.model
     tokens = tokenize(tokenizer, captions)
-    o, start = _resume(folder, model, 1e-3, config.tower_steps)
+    o, start = fitting.resume(folder, model, 1e-3, config.tower_steps)
     model.train()
 
     def batches(step: int) -> list[tuple[Tensor, Tensor]]:
@@ -123,8 +122,8 @@ def make_tower(config: Hps) -> Path:
     def loss(item: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, float]]:
         return contrastive(model.encode_images(item[0]), model.encode_tokens(item[1]), model.scale), {}
 
-    _fit("tower", folder, model, o, start, config.tower_steps, loss, batches)
-    _save(done, lambda target: save_scorer(model.eval(), tokenizer, target))
+    fitting.train("tower", folder, model, o, start, config.tower_steps, loss, batches)
+    fitting.save_whole(done, lambda target: save_scorer(model.eval(), tokenizer, target))
     return done
 
 

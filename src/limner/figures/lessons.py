@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -26,22 +27,31 @@ from limner.models.stable_diffusion import Pipeline
 from limner.pool.sample import denoise
 
 RECONSTRUCTED = (0, 100, 200, 400)  # timesteps, by batch: 0 = the autoencoder alone; small enough that what was sound stays sound
+_OUTER = {  # joints of a limb below its root
+    f"{side}_{limb}": tuple(f"{side}_{j}" for j in joints)
+    for side in ("left", "right") for limb, joints in {"arm": ("elbow", "wrist"), "leg": ("knee", "ankle")}.items()
+}  # fmt: skip
 _MIRROR = [JOINTS.index(n.replace("left", "r_i_ght").replace("right", "left").replace("r_i_ght", "right")) for n in JOINTS]
+
+Joint = tuple[int, float, float]  # number in `JOINTS`, x and y in 0..1
 
 
 @dataclass
 class Lessons:
     """N pictures with their defective copies. images: path name ("raw", "recon") to (2, N, 64, 64, 3) uint8, sound first.
 
-    heat: joints (kind, row, joint, x, y) of what can be seen, kind 0 = sound, 1 = defective; mask (N, 64, 64) bool of the defect.
+    joints: of the sound and of the defective figure, (joint, x, y) of all that a person has and that is where it may be: hidden ones
+    too, a second limb's twice, none of a limb that is missing, twisted or of a wrong length, none that is smeared away.
+    mask (N, 64, 64) bool of the defect; parts (N, 64, 64) uint8 of the sound figure, 0 = background.
     """
 
     prompts: list[str]
     swapped: list[str]
     attributes: np.ndarray  # (N, attributes) indices
     images: dict[str, np.ndarray]
-    joints: list[tuple[list[tuple[int, float, float]], list[tuple[int, float, float]]]]
+    joints: list[tuple[list[Joint], list[Joint]]]
     mask: np.ndarray
+    parts: np.ndarray
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -59,15 +69,25 @@ def attribute_indices(rows: Sequence[Mapping[str, str]]) -> np.ndarray:
 def load_lessons(files: Sequence[Path]) -> Lessons:
     """Read the shards of a split made with defects."""
     rows = [r for f in sorted(files) for r in pq.read_table(f).to_pylist()]
-    joints = []
-    for r in rows:
-        where = np.array(r["joints"]).reshape(-1, 2)
-        sound = [(k, float(x), float(y)) for k, (x, y) in enumerate(where) if r["visible"][k]]
-        joints.append((sound, [(j["joint"], j["x"], j["y"]) for j in r.get("defect_joints", [])]))
     attributes = attribute_indices([json.loads(r["attributes"]) for r in rows])
     raw = np.stack([np.stack([_array(r["image"]) for r in rows]), np.stack([_array(r["defective_image"]) for r in rows])])
-    mask = np.stack([_array(r["defect_mask"]) > 0 for r in rows])
-    return Lessons([r["prompt"] for r in rows], [r["swapped_prompt"] for r in rows], attributes, {"raw": raw}, joints, mask)
+    return Lessons(
+        [r["prompt"] for r in rows], [r["swapped_prompt"] for r in rows], attributes, {"raw": raw},
+        [_joints(r) for r in rows], np.stack([_array(r["defect_mask"]) > 0 for r in rows]), np.stack([_array(r["parts"]) for r in rows]),
+    )  # fmt: skip
+
+
+def _joints(row: Mapping[str, Any]) -> tuple[list[Joint], list[Joint]]:
+    """The plausible joints of the sound and of the defective figure; see `Lessons`."""
+    sound = [(k, float(x), float(y)) for k, (x, y) in enumerate(np.array(row["joints"]).reshape(-1, 2))]
+    seen = [(j["joint"], j["x"], j["y"]) for j in row["defect_joints"]]
+    kept = {k for k, *_ in seen}
+    gone = {k for k, *_ in sound if row["visible"][k] and k not in kept}
+    if row["defect"] == "extra_limb":
+        twice = [j for j in seen if sum(k == j[0] for k, *_ in seen) > 1]
+        return sound, [j for j in sound if j[0] not in gone] + twice
+    limb = {"head": ("head",)}.get(row["defect_limb"]) or _OUTER.get(row["defect_limb"], ())
+    return sound, [j for j in sound if j[0] not in gone and JOINTS[j[0]] not in limb]
 
 
 @torch.no_grad()
@@ -105,7 +125,7 @@ def _reconstruct(
     return denoise(pipeline, noisy, text, pipeline.encode_text([""]), sampler, start=t)
 
 
-def heatmaps(joints: Sequence[tuple[int, float, float]], size: int = 32, sigma: float = 1.0) -> np.ndarray:
+def heatmaps(joints: Sequence[Joint], size: int = 32, sigma: float = 1.0) -> np.ndarray:
     """(14, size, size) in [0, 1]: a Gaussian at each joint that can be seen; a second limb's joints give second peaks."""
     y, x = np.mgrid[:size, :size] + 0.5
     out = np.zeros((len(JOINTS), size, size), np.float32)
@@ -114,7 +134,7 @@ def heatmaps(joints: Sequence[tuple[int, float, float]], size: int = 32, sigma: 
     return out
 
 
-def mirror_joints(joints: Sequence[tuple[int, float, float]]) -> list[tuple[int, float, float]]:
+def mirror_joints(joints: Sequence[Joint]) -> list[Joint]:
     """Joints of the mirrored picture: left becomes right."""
     return [(_MIRROR[k], 1 - x, y) for k, x, y in joints]
 
@@ -134,12 +154,17 @@ def degrade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return x.clip(0, 255).astype(np.uint8)
 
 
-def vary(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A harmless variation of (H, W, 3) uint8: exposure, contrast, a shift of up to two pixels, a faint blur."""
+def vary(image: np.ndarray, rng: np.random.Generator, reach: int = 2) -> np.ndarray:
+    """A harmless variation of (H, W, 3) uint8: exposure, contrast, a shift of up to `reach` pixels, a faint blur."""
     x = image.astype(np.float32)
     x = (x - 128) * rng.uniform(0.9, 1.1) + 128 + rng.uniform(-12, 12)
-    dy, dx = rng.integers(-2, 3, 2)
-    x = np.pad(x, ((2, 2), (2, 2), (0, 0)), mode="edge")[2 + dy : 66 + dy, 2 + dx : 66 + dx]
+    x = shift(x, *rng.integers(-reach, reach + 1, 2))
     if rng.random() < 0.3:
         x = gaussian_filter(x, (*[rng.uniform(0.2, 0.6)] * 2, 0))
     return x.clip(0, 255).astype(np.uint8)
+
+
+def shift(image: np.ndarray, down: int, right: int) -> np.ndarray:
+    """Move (H, W) or (H, W, C) by a few pixels; what comes in repeats the edge."""
+    y, x = (np.arange(n) - by for n, by in zip(image.shape, (down, right)))
+    return image[y.clip(0, len(y) - 1)][:, x.clip(0, len(x) - 1)]

@@ -8,46 +8,23 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.ndimage import maximum_filter
 from torch import Tensor
 
-from limner import checkpoint
-from limner.figures.body import JOINTS
-from limner.figures.lessons import Lessons, degrade, heatmaps, mirror_joints, vary
+from limner.figures.body import JOINTS, PARTS
+from limner.figures.captions import describe
+from limner.figures.fitting import resume, train
+from limner.figures.lessons import Lessons, degrade, heatmaps, mirror_joints, shift, vary
 from limner.figures.scene import ATTRIBUTES
-from limner.loop import Every, Metrics, Optimisation, fit, schedule
+from limner.loop import Metrics
 from limner.scorers.dual import DualConfig, DualEncoder, tokenize, vocabulary_of
 from limner.scorers.losses import contrastive, pickscore
 from limner.scorers.reader import PEAK, FigureReader, Reader, measure_limits, peaks
 
 PATHS, ODDS = ("raw", "recon"), (0.25, 0.75)
-
-
-def _resume(folder: Path, model: torch.nn.Module, lr: float, steps: int, warmup: int = 50) -> tuple[Optimisation, int]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
-    o = Optimisation(list(model.parameters()), optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule("cosine", warmup, steps)))
-    found = checkpoint.latest(folder)
-    if found is None:
-        return o, 0
-    weights, state, meta = checkpoint.load(found)
-    model.load_state_dict(weights["model"])
-    o.load_state_dict(state)
-    return o, int(meta["step"])
-
-
-def _fit(name: str, folder: Path, model: torch.nn.Module, o: Optimisation, start: int, steps: int, loss: Any, batches: Any) -> None:
-    def save(step: int) -> None:
-        checkpoint.save(folder, step, {"model": model.state_dict()}, o, {})
-
-    recent: list[Metrics] = []
-
-    def log(step: int, metrics: Metrics) -> None:
-        recent.append(metrics)
-        if step % 25 == 0:
-            means = {k: sum(m[k] for m in recent[-25:]) / len(recent[-25:]) for k in metrics if k not in ("lr",)}
-            print(f"{name} {step} " + " ".join(f"{k} {v:.4g}" for k, v in means.items()), flush=True)
-
-    every: list[Every] = [(1, log), (200, lambda step, _: save(step))]
-    fit(loss, batches, o, max_train_steps=steps, start=start, every=every, save=save, name=name)
+SWAPS = 3  # wrong captions a picture
+IGNORED = 255  # part of a pixel that a defect covers
+BODY = ("background", *PARTS)  # what the reader's part maps name
 
 
 def pictures(lessons: Lessons, kinds: np.ndarray, rows: np.ndarray, paths: list[str], flips: np.ndarray) -> list[np.ndarray]:
@@ -69,16 +46,17 @@ def train_scorer(
 ) -> DualEncoder:
     """A preference scorer: PickScore's loss on pairs whose better one is known, and CLIP's with swapped captions as hard negatives.
 
-    A pair is sound over defective (half), right over wrong caption (a third), or clean over smeared; both members take the same path.
+    Pairs of pictures of a caption: sound over defective (half), right over wrong figure (a third), clean over smeared; both take the
+    same path. Pairs of captions of a picture, sound or not: the right one over one with a single wrong word. Without the latter a
+    scorer ranks the pictures of a caption by soundness alone. Captions are worded anew each time.
     """
     torch.manual_seed(seed)
     model = DualEncoder(config, vocabulary_of(tokenizer)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    o, start = _resume(folder, model, lr, steps)
-    right, wrong = tokenize(tokenizer, lessons.prompts), tokenize(tokenizer, lessons.swapped)
+    o, start = resume(folder, model, lr, steps)
     paths = [p for p in PATHS if p in lessons.images]
     odds = np.array([ODDS[PATHS.index(p)] for p in paths])
 
-    def batches(step: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def batches(step: int) -> list[tuple[Tensor, Tensor]]:
         rng = np.random.default_rng([seed, 2, step])
         rows = rng.choice(len(lessons), batch, replace=False)
         path = [str(p) for p in rng.choice(paths, batch, p=odds / odds.sum())]
@@ -90,19 +68,38 @@ def train_scorer(
         worse = [degrade(w, rng) if k >= 0.83 else w for w, k in zip(worse, kind)]
         same = rng.integers(2**31, size=batch)
         varied = [[vary(i, np.random.default_rng(s)) for i, s in zip(images, same)] for images in (better, worse)]
-        return [(to_input(varied[0] + varied[1]), right[rows], wrong[rows])]
+        captions = [reword(lessons.attributes[row], rng, SWAPS) for row in rows]
+        return [(to_input(varied[0] + varied[1]), tokenize(tokenizer, [c[k] for k in range(1 + SWAPS) for c in captions]))]
 
-    def loss(item: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Metrics]:
-        images, captions, swapped = item
-        seen, said = model.encode_images(images), model.encode_tokens(torch.cat([captions, swapped]))
-        better, worse, texts = seen[:batch], seen[batch:], said[:batch]
+    def loss(item: tuple[Tensor, Tensor]) -> tuple[Tensor, Metrics]:
+        images, captions = item
+        seen, said = model.encode_images(images), model.encode_tokens(captions).unflatten(0, (1 + SWAPS, batch))
+        better, worse, texts = seen[:batch], seen[batch:], said[0]
         s_better, s_worse = (better * texts).sum(1) * model.scale, (worse * texts).sum(1) * model.scale
+        s_swapped = (better * said[1:]).sum(-1) * model.scale
         pair = pickscore(s_better, s_worse).mean()
-        match = contrastive(better, texts, model.scale, said[batch:])
-        return pair + 0.5 * match, {"pair": pair.item(), "match": match.item(), "accuracy": (s_better > s_worse).float().mean().item()}
+        swap = pickscore(s_better.expand_as(s_swapped), s_swapped).mean()
+        match = contrastive(better, texts, model.scale, said[1:].flatten(0, 1))
+        right = (s_better > s_worse).float().mean().item()
+        return pair + swap + 0.5 * match, {
+            "pair": pair.item(), "swap": swap.item(), "match": match.item(), "accuracy": right,
+            "swaps": (s_better > s_swapped).float().mean().item(),
+        }  # fmt: skip
 
-    _fit(folder.name, folder, model, o, start, steps, loss, batches)
+    train(folder.name, folder, model, o, start, steps, loss, batches)
     return model.eval()
+
+
+def reword(attributes: np.ndarray, rng: np.random.Generator, swaps: int) -> list[str]:
+    """A caption of a figure (attribute indices), then `swaps` copies of it, each with one wrong attribute of those it names."""
+    truth = {name: values[i] for (name, values), i in zip(ATTRIBUTES.items(), attributes)}
+    wording = int(rng.integers(2**31))
+    right = describe(truth, wording)
+    out = [right.text]
+    for name in rng.choice(list(right.attributes), swaps, replace=False):
+        others = [v for v in ATTRIBUTES[name] if v != truth[name]]
+        out.append(describe({**truth, str(name): others[rng.integers(len(others))]}, wording).text)
+    return out
 
 
 def train_reader(
@@ -111,47 +108,55 @@ def train_reader(
     *,
     steps: int,
     batch: int = 48,
-    lr: float = 1e-3,
+    lr: float = 2e-3,
     seed: int = 0,
-    channels: tuple[int, ...] = (32, 64, 128),
+    channels: tuple[int, ...] = (16, 32, 64, 128),
 ) -> Reader:
-    """Attributes, joint heatmaps, defect map and defect logit, on sound and defective pictures through every path, with augmentation."""
+    """Attributes, joint heatmaps, body parts, defect map and logit, on sound and defective pictures of every path, with augmentation."""
     torch.manual_seed(seed)
-    model = Reader(ATTRIBUTES, JOINTS, channels).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    o, start = _resume(folder, model, lr, steps)
+    model = Reader(ATTRIBUTES, JOINTS, BODY, channels).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    o, start = resume(folder, model, lr, steps)
     paths = [p for p in PATHS if p in lessons.images]
     odds = np.array([ODDS[PATHS.index(p)] for p in paths])
 
-    def batches(step: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    def batches(step: int) -> list[tuple[Tensor, ...]]:
         rng = np.random.default_rng([seed, 3, step])
         rows = rng.choice(len(lessons), batch)
         kinds = np.arange(batch) % 2
         flips = rng.random(batch) < 0.5
         path = [str(p) for p in rng.choice(paths, batch, p=odds / odds.sum())]
-        images = [vary(i, rng) for i in pictures(lessons, kinds, rows, path, flips)]
-        heat, mask = [], []
-        for kind, row, flip in zip(kinds, rows, flips):
-            joints = lessons.joints[row][kind]
-            heat.append(heatmaps(mirror_joints(joints) if flip else joints))
-            where = lessons.mask[row] if kind else np.zeros((64, 64), bool)
-            mask.append((where[:, ::-1] if flip else where).reshape(32, 2, 32, 2).any((1, 3)))
+        heat, mask, parts, images = [], [], [], []
+        for image, kind, row, flip in zip(pictures(lessons, kinds, rows, path, flips), kinds, rows, flips):
+            down, right = rng.integers(-2, 3, 2)
+            wrong = lessons.mask[row] if kind else np.zeros((64, 64), bool)
+            part = np.where(maximum_filter(wrong, 3), IGNORED, lessons.parts[row])
+            wrong, part = (shift(m[:, ::-1] if flip else m, down, right) for m in (wrong, part))
+            images.append(shift(vary(image, rng, 0), down, right))
+            mask.append(wrong.reshape(32, 2, 32, 2).any((1, 3)))
+            parts.append(part)
+            joints = mirror_joints(lessons.joints[row][kind]) if flip else lessons.joints[row][kind]
+            heat.append(heatmaps([(k, x + right / 64, y + down / 64) for k, x, y in joints]))
         return [(
             to_input(images), torch.from_numpy(lessons.attributes[rows]), torch.from_numpy(np.stack(heat)),
-            torch.from_numpy(np.stack(mask)).float(), torch.from_numpy(kinds).float(),
+            torch.from_numpy(np.stack(mask)).float(), torch.from_numpy(np.stack(parts)).long(), torch.from_numpy(kinds).float(),
         )]  # fmt: skip
 
-    def loss(item: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Metrics]:
-        images, attributes, heat, mask, wrong = item
+    def loss(item: tuple[Tensor, ...]) -> tuple[Tensor, Metrics]:
+        images, attributes, heat, mask, parts, wrong = item
         out = model(images)
         named = sum((F.cross_entropy(out[n], attributes[:, i]) for i, n in enumerate(ATTRIBUTES)), torch.zeros(()))
         joints = F.binary_cross_entropy_with_logits(out["joints"], heat, weight=1 + 20 * heat)
         where = F.binary_cross_entropy_with_logits(out["defect_map"], mask, weight=1 + 8 * mask)
         defect = F.binary_cross_entropy_with_logits(out["defect"], wrong)
+        body = F.cross_entropy(out["parts"], parts, ignore_index=IGNORED)
         right = ((out["defect"] > 0) == (wrong > 0.5)).float().mean().item()
-        total = 0.3 * named + 10 * joints + 2 * where + defect
-        return total, {"attributes": named.item(), "joints": joints.item(), "map": where.item(), "defect": defect.item(), "right": right}
+        total = 0.3 * named + 10 * joints + 2 * where + 2 * body + defect
+        return total, {
+            "attributes": named.item(), "joints": joints.item(), "parts": body.item(), "map": where.item(), "defect": defect.item(),
+            "right": right,
+        }  # fmt: skip
 
-    _fit(folder.name, folder, model, o, start, steps, loss, batches)
+    train(folder.name, folder, model, o, start, steps, loss, batches)
     return model.eval()
 
 

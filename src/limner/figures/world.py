@@ -1,9 +1,9 @@
-"""Make the embedded world from nothing: pictures, autoencoder, base model, preference scorer, judge, reader; then ship them.
+"""Make the embedded world from nothing: pictures, autoencoder, base model, preference scorer, judge, readers; then ship them.
 
 One command, `limner figures make --config recipes/figures/world.yaml`, hours on a CPU; every part resumes where it was stopped.
 `--only base` makes one part. Parts and their folders below `output_dir`:
 
-    images/<split>   autoencoder   base   preference   judge   reader
+    images/<split>   autoencoder   base   preference   judge   reader   rater_reader
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from PIL import Image
 from limner.config import Sampler, build, to_dict
 from limner.engine import Progress, run_shards, spans
 from limner.figures.assets import DATA, SPLITS
+from limner.figures.fitting import save_whole
 from limner.figures.make import draw, row
 from limner.store import is_complete, open_step, shards
 
@@ -42,7 +43,7 @@ class Counts:
         validation: shipped; every choice is made on it.
         test: shipped; read by evaluate only.
         scorer: bodies that the preference scorer learns from.
-        judge: bodies that the judge learns from.
+        judge: bodies that the judge and the raters' reader learn from.
         reader: bodies that the reader learns from.
         raters: bodies that nothing learns from; the judges are measured on them.
     """
@@ -70,7 +71,7 @@ class World:
         base_steps: of training.
         scorer_steps: of training, for the preference scorer.
         judge_steps: of training, for the judge.
-        reader_steps: of training.
+        reader_steps: of training, for both readers.
         batch_size: of the base model.
         only: parts to make (empty = all).
     """
@@ -89,7 +90,7 @@ class World:
     only: list[str] = field(default_factory=list)
 
 
-PARTS = ("images", "autoencoder", "base", "preference", "judge", "reader", "ship", "measure")
+PARTS = ("images", "autoencoder", "base", "preference", "judge", "reader", "rater_reader", "ship", "measure")
 SAMPLER = Sampler(num_inference_steps=16, guidance_scale=1.0)  # of the lessons' reconstructions: short ways, so no guidance
 
 
@@ -108,7 +109,7 @@ def make_world(path: Path, overrides: Sequence[str], *, print_config: bool = Fal
         raise ValueError(f"only: {', '.join(unknown)} unknown; expected some of {', '.join(PARTS)}")
     makers: dict[str, Callable[[World], None]] = {
         "images": make_images, "autoencoder": make_autoencoder, "base": make_base, "preference": make_preference, "judge": make_judge,
-        "reader": make_reader, "ship": ship, "measure": measure_world,
+        "reader": make_reader, "rater_reader": make_rater_reader, "ship": ship, "measure": measure_world,
     }  # fmt: skip
     for part in PARTS:
         if not world.only or part in world.only:
@@ -158,7 +159,7 @@ def make_autoencoder(world: World) -> None:
         return
     rows = _read(world, "train", ["image", "parts"])
     model = train_autoencoder(_pixels(rows), _pixels(rows, "parts") > 0, done.parent, cycles=world.autoencoder_steps, seed=world.seed)
-    _save(done, model.save_pretrained)
+    save_whole(done, model.save_pretrained)
 
 
 def make_base(world: World) -> None:
@@ -180,15 +181,7 @@ def make_base(world: World) -> None:
         batch=world.batch_size,
         seed=world.seed,
     )
-    _save(done, pipe.save_pretrained)
-
-
-def _save(folder: Path, write: Callable[[Path], Any]) -> None:
-    """A finished model appears whole."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    write(partial)
-    partial.rename(folder)
+    save_whole(done, pipe.save_pretrained)
 
 
 def _lessons(world: World, split: str) -> tuple[Lessons, Pipeline]:
@@ -230,22 +223,32 @@ def _make_scorer(world: World, part: str, split: str, shape: dict[str, Any], ste
         return
     lessons, pipeline = _lessons(world, split)
     model = train_scorer(lessons, pipeline.tokenizer, done.parent, DualConfig(**shape), steps=steps, seed=seed)
-    _save(done, lambda folder: save_scorer(model, pipeline.tokenizer, folder, half=True))
+    save_whole(done, lambda folder: save_scorer(model, pipeline.tokenizer, folder, half=True))
 
 
 def make_reader(world: World) -> None:
+    """The reader that evaluates."""
+    _make_reader(world, "reader", "reader", world.seed)
+
+
+def make_rater_reader(world: World) -> None:
+    """What simulated raters know of generated pictures: other people, another seed, so that they do not err as the reader does."""
+    _make_reader(world, "rater_reader", "judge", world.seed + 31)
+
+
+def _make_reader(world: World, part: str, split: str, seed: int) -> None:
     from limner.figures.lessons import attribute_indices
     from limner.figures.teach import finish_reader, train_reader
     from limner.scorers.reader import save_reader
 
-    done = _folder(world, "reader/model")
+    done = _folder(world, f"{part}/model")
     if done.is_dir():
         return
-    lessons, _ = _lessons(world, "reader")
-    model = train_reader(lessons, done.parent, steps=world.reader_steps, seed=world.seed)
+    lessons, _ = _lessons(world, split)
+    model = train_reader(lessons, done.parent, steps=world.reader_steps, seed=seed)
     rows = _read(world, "train", ["image", "attributes"])[:2000]
     finished = finish_reader(model, _pixels(rows), attribute_indices([json.loads(r["attributes"]) for r in rows]))
-    _save(done, lambda folder: save_reader(finished, folder, half=True))
+    save_whole(done, lambda folder: save_reader(finished, folder, half=True))
 
 
 def ship(world: World) -> None:
@@ -263,7 +266,7 @@ def ship(world: World) -> None:
     pipe = DiffusionPipeline.from_pretrained(_folder(world, "base/pipeline")).to(torch.float16)
     shutil.rmtree(target / "base", ignore_errors=True)
     pipe.save_pretrained(target / "base")
-    for part in ("preference", "judge", "reader"):
+    for part in ("preference", "judge", "reader", "rater_reader"):
         shutil.rmtree(target / part, ignore_errors=True)
         shutil.copytree(_folder(world, f"{part}/model"), target / part)
     size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file()) / 2**20

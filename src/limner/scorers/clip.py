@@ -226,6 +226,17 @@ def load_scorer(
     return scorer
 
 
+def share_towers(scorers: Sequence[object]) -> None:
+    """Let the CLIP scorers among `scorers` that were read from the same weights look through one copy of them, each picture once."""
+    first: dict[tuple[str, str], ClipTower] = {}
+    for scorer in scorers:
+        if isinstance(scorer, ClipScorer) and scorer.files:
+            weights = list(scorer.files.values())[-1]  # a head's own come before
+            tower = first.setdefault((weights, scorer.model.config.vision_config.hidden_act), scorer.tower)
+            if tower is not scorer.tower:
+                scorer.tower.share(tower)
+
+
 def _read_tower(source: Path, kind: str, activation: Activation | None, shape: Tower | None, at: str, where: str) -> tuple[CLIPModel, Path]:
     """The model, and the file of its weights."""
     pinned = METRICS[kind].activation

@@ -14,7 +14,8 @@ import pyarrow as pa
 from limner.images import image_size
 from limner.records import Choice, to_table
 from limner.scorers.choices import Choices, pairs, problem
-from limner.scorers.published import Dropped, read_choices
+from limner.scorers.published import read_choices
+from limner.scorers.rows import Dropped
 from limner.store import Step, open_step, write_atomic
 
 SHOWN = 5  # places that the report names for each reason
@@ -26,13 +27,15 @@ class Import:
 
     Args:
         format: hpd_v1, hpd_v2 (train.json or test.json), hpd_v3, pick_a_pic (v1 or v2), imagereward, evalmuse, or feedback (of our own).
-        source: the JSON file; for pick_a_pic a parquet file or a folder of them; for feedback JSONL or parquet of Feedback rows.
+        source: the JSON file; for pick_a_pic and imagereward also a parquet file or a folder of them; for feedback JSONL or parquet of
+            Feedback rows.
         images: the folder that the source names its images from ("" = they are not at hand: rankings alone); for feedback the step's folder
             of the images that were shown, such as a pool.
         output_dir: where the rows are written.
         embed: copy the images into the rows (pick_a_pic brings them along anyway).
         min_confidence: of hpd_v3: rows below it are dropped.
         soft_labels: of hpd_v3: labels are shares of the votes, not 1 and 0.
+        each_rater: of hpd_v2's test.json: a row for each rater instead of one for their average.
         limit: use the first so many rows of the source (0 = all).
         rows_per_shard: how often work is saved.
     """
@@ -44,6 +47,7 @@ class Import:
     embed: bool = False
     min_confidence: float = 0.0
     soft_labels: bool = False
+    each_rater: bool = False
     limit: int = 0
     rows_per_shard: int = 256
 
@@ -79,10 +83,13 @@ def import_choices(config: Import, found: Iterable[Choice | Dropped] | None = No
     source, root, folder = Path(config.source), Path(config.images), Path(config.output_dir)
     if config.images and not root.is_dir():
         raise ValueError(f"images: there is no folder {root}")
-    decides = {k: getattr(config, k) for k in ("format", "images", "embed", "min_confidence", "soft_labels", "limit", "rows_per_shard")}
+    names = ("format", "images", "embed", "min_confidence", "soft_labels", "limit", "rows_per_shard", *["each_rater"] * config.each_rater)
+    decides = {k: getattr(config, k) for k in names}
     step = open_step(folder, "choices", decides, {"source": _identity(source)})
     if found is None:
-        found = read_choices(config.format, source, min_confidence=config.min_confidence, soft_labels=config.soft_labels)
+        found = read_choices(
+            config.format, source, min_confidence=config.min_confidence, soft_labels=config.soft_labels, each_rater=config.each_rater
+        )
     if config.limit:
         found = (row for row, _ in zip(found, range(config.limit)))
     dropped: dict[str, list[str]] = {}

@@ -163,17 +163,21 @@ class JudgeScorer:
 
         A model that chooses by place gets 1/2. A reason where either answer cannot be read.
         """
-        a, b = [png(p) for p in first], [png(p) for p in second]
-        questions = [PAIRWISE.question(p, x, y) for p, x, y in zip(prompts, a, b)]
-        questions += [PAIRWISE.question(p, y, x) for p, x, y in zip(prompts, a, b)]
-        read = [PAIRWISE.read(answer) for answer in ask_all(self.backend, questions, self.journal)]
-        out: list[float | str] = []
-        for one, other in zip(read[: len(prompts)], read[len(prompts) :]):
-            if isinstance(one, str) or isinstance(other, str):
-                out.append(one if isinstance(one, str) else str(other))
-            else:
-                out.append((one + 1 - other) / 2)
-        return out
+        found = both_orders(self.backend, self.journal, [png(p) for p in first], [png(p) for p in second], prompts)
+        return [a if isinstance(a, str) else b if isinstance(b, str) else (a + b) / 2 for a, b in found]
+
+
+def both_orders(
+    backend: Backend, journal: Journal, first: Sequence[bytes], second: Sequence[bytes], prompts: Sequence[str]
+) -> list[tuple[float | str, float | str]]:
+    """How far the first image of each pair is preferred, 1, 1/2 or 0, when it is shown as image 1, and when as image 2.
+
+    Where an answer cannot be read: why not.
+    """
+    questions = [PAIRWISE.question(p, x, y) for p, x, y in zip(prompts, first, second, strict=True)]
+    questions += [PAIRWISE.question(p, y, x) for p, x, y in zip(prompts, first, second)]
+    read = [PAIRWISE.read(answer) for answer in ask_all(backend, questions, journal)]
+    return [(one, other if isinstance(other, str) else 1 - other) for one, other in zip(read[: len(prompts)], read[len(prompts) :])]
 
 
 def png(picture: Image.Image) -> bytes:

@@ -1,8 +1,8 @@
 """The reader: what a picture of a figure shows. Attributes, joints, defects; it judges and never selects or trains.
 
-One convolutional trunk with four kinds of heads: an attribute each, joint heatmaps at half resolution, a defect map at half
-resolution and a defect logit. Its features (for the Fréchet distance and diversity) are made of these heads, because features
-that only know captions do not see flaws.
+One convolutional trunk with five kinds of heads: an attribute each, joint heatmaps at half resolution, body parts at full
+resolution, a defect map at half resolution and a defect logit. Attributes are read part by part. Its features (for the Fréchet
+distance and diversity) are made of these heads, because features that only know captions do not see flaws.
 """
 
 from __future__ import annotations
@@ -33,50 +33,70 @@ SURE = 0.95  # share of real pictures of which an attribute must be read rightly
 
 
 class Reader(nn.Module):
-    """attributes: name to values; joints: names, in the order of the heatmaps."""
+    """attributes: name to values; joints and parts: names, in the order of their maps. Part 0 is what is not the body."""
 
     def __init__(
-        self, attributes: Mapping[str, Sequence[str]], joints: Sequence[str], channels: Sequence[int] = (32, 64, 128), width: int = 96
+        self,
+        attributes: Mapping[str, Sequence[str]],
+        joints: Sequence[str],
+        parts: Sequence[str],
+        channels: Sequence[int] = (16, 32, 64, 128),
+        width: int = 96,
     ):
         super().__init__()
         self.attributes = {k: list(v) for k, v in attributes.items()}
-        self.joints = list(joints)
+        self.joints, self.parts = list(joints), list(parts)
         self.channels, self.width = list(channels), width
-        a, b, c = channels
-        self.fine_half = nn.Sequential(nn.Conv2d(3, a, 3, 2, 1, bias=False), nn.BatchNorm2d(a), nn.ReLU(inplace=True), Residual(a, a))  # 32
-        self.quarter = nn.Sequential(Residual(a, b, 2), Residual(b, b))  # 16
-        self.eighth = nn.Sequential(Residual(b, c, 2), Residual(c, c))  # 8
-        self.up_quarter, self.up_fine = Residual(b + c, b), Residual(a + b, a)
+        f, a, b, c = channels
+        self.stem = nn.Sequential(nn.Conv2d(3, f, 3, 1, 1, bias=False), nn.BatchNorm2d(f), nn.ReLU(inplace=True))  # 64
+        self.at_half = nn.Sequential(nn.Conv2d(f, a, 3, 2, 1, bias=False), nn.BatchNorm2d(a), nn.ReLU(inplace=True), Residual(a, a))  # 32
+        self.at_quarter = nn.Sequential(Residual(a, b, 2), Residual(b, b))  # 16
+        self.at_eighth = nn.Sequential(Residual(b, c, 2), Residual(c, c))  # 8
+        self.up_quarter, self.up_half, self.up_full = Residual(b + c, b), Residual(a + b, a), Residual(f + a, f)
         self.maps = nn.Conv2d(a, len(joints) + 1, 1)
+        self.part_maps = nn.Conv2d(f, len(parts), 1)
         self.layout = nn.Conv2d(c, LAYOUT, 1)  # few channels, but where: a pose is a matter of places
-        self.summary = nn.Sequential(
-            nn.Linear(2 * c + LAYOUT * 64, 2 * width), nn.ReLU(inplace=True), nn.Linear(2 * width, width), nn.ReLU(inplace=True)
-        )
+        known = 2 * c + LAYOUT * 64 + len(parts) * (3 + f + 1)
+        self.summary = nn.Sequential(nn.Linear(known, 2 * width), nn.ReLU(inplace=True), nn.Linear(2 * width, width), nn.ReLU(inplace=True))
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in self.attributes.items()})
-        self.soundness = nn.Sequential(nn.Linear(2 * c + LAYOUT * 64 + 2 * a + 2, width), nn.ReLU(inplace=True))
+        self.soundness = nn.Sequential(nn.Linear(known + 2 * a + 2 + len(joints), width), nn.ReLU(inplace=True))
         self.defect = nn.Linear(width, 1)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, 64, 64) in [0, 1] to logits: each attribute (B, values), joints (B, J, 32, 32), defect_map (B, 32, 32),
-        defect (B,), and the hidden layers summary and soundness (B, width)."""
+        """Images (B, 3, 64, 64) in [0, 1] to logits: each attribute (B, values), joints (B, J, 32, 32), parts (B, P, 64, 64),
+        defect_map (B, 32, 32), defect (B,), and the hidden layers summary and soundness (B, width)."""
         x = ((images - 0.5) * 4).contiguous(memory_format=torch.channels_last)
-        half = self.fine_half(x)
-        quarter = self.quarter(half)
-        eighth = self.eighth(quarter)
+        full = self.stem(x)
+        half = self.at_half(full)
+        quarter = self.at_quarter(half)
+        eighth = self.at_eighth(quarter)
         up = self.up_quarter(torch.cat([quarter, F.interpolate(eighth, scale_factor=2)], 1))
-        fine = self.up_fine(torch.cat([half, F.interpolate(up, scale_factor=2)], 1))
-        maps = self.maps(fine)
-        pooled = torch.cat([eighth.mean((2, 3)), eighth.amax((2, 3)), self.layout(eighth).flatten(1)], 1)
-        summary = self.summary(pooled)
-        wrong = maps[:, -1]
-        seen = torch.cat(
-            [pooled, fine.mean((2, 3)), fine.amax((2, 3)), wrong.amax((1, 2))[:, None], wrong.sigmoid().mean((1, 2))[:, None] * 10], 1
+        fine = self.up_half(torch.cat([half, F.interpolate(up, scale_factor=2)], 1))
+        finest = self.up_full(torch.cat([full, F.interpolate(fine, scale_factor=2)], 1))
+        maps, parts = self.maps(fine), self.part_maps(finest)
+        joints, wrong = maps[:, :-1], maps[:, -1]
+        known = torch.cat(
+            [eighth.mean((2, 3)), eighth.amax((2, 3)), self.layout(eighth).flatten(1), by_part(torch.cat([x, finest], 1), parts)], 1
         )
-        soundness = self.soundness(seen)
+        summary = self.summary(known)
+        seen = [fine.mean((2, 3)), fine.amax((2, 3)), wrong.amax((1, 2))[:, None], wrong.sigmoid().mean((1, 2))[:, None] * 10]
+        soundness = self.soundness(torch.cat([known, *seen, joints.amax((2, 3)).sigmoid()], 1))
         return {
             **{name: head(summary) for name, head in self.heads.items()},
-            "joints": maps[:, :-1], "defect_map": wrong, "defect": self.defect(soundness)[:, 0], "summary": summary, "soundness": soundness,
+            "joints": joints, "parts": parts, "defect_map": wrong, "defect": self.defect(soundness)[:, 0],
+            "summary": summary, "soundness": soundness,
         }  # fmt: skip
+
+
+def by_part(features: Tensor, parts: Tensor) -> Tensor:
+    """Mean features (B, C, H, W) of each body part, and its size: (B, P * (C + 1)).
+
+    What tells sleeves or hair from each other are the colours of some twenty pixels, which a coarse grid blends away.
+    """
+    share = parts.softmax(1).flatten(2)
+    size = share.sum(2)
+    means = share @ features.flatten(2).transpose(1, 2) / (size[..., None] + 1)
+    return torch.cat([means.flatten(1), (size + 1).log() / 4], 1)
 
 
 @dataclass
@@ -129,7 +149,7 @@ class FigureReader:
     def _doubt(self, first: np.ndarray, second: np.ndarray, spots: np.ndarray) -> np.ndarray:
         """How far from normal the joints are: the largest of the measures below over its limit on real figures; above 1 = implausible.
 
-        Second peaks (two wrists in one heatmap), joints unseen, and bone lengths over the torso's.
+        Second peaks (two wrists in one heatmap), joints without a peak, and bone lengths over the torso's.
         """
         measures = joint_measures(self.model.joints, first, second, spots)
         worst = np.zeros(len(first))
@@ -155,13 +175,13 @@ def peaks(heat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def joint_measures(names: Sequence[str], first: np.ndarray, second: np.ndarray, spots: np.ndarray) -> dict[str, np.ndarray]:
-    """Numbers that tell a sound skeleton: `second` (highest second peak), `unseen` (joints), a ratio a bone (NaN if unseen)."""
+    """Numbers that tell a sound skeleton: `second` (highest second peak), `weakest` (1 - lowest first peak), a ratio a bone (or NaN)."""
     seen = first > PEAK
     at = {n: i for i, n in enumerate(names)}
     hips = (spots[:, at["left_hip"]] + spots[:, at["right_hip"]]) / 2
     torso = np.linalg.norm(spots[:, at["neck"]] - hips, axis=1).clip(0.02)
     known = seen[:, at["neck"]] & (seen[:, at["left_hip"]] | seen[:, at["right_hip"]])
-    out = {"second": second.max(1), "unseen": (~seen).sum(1).astype(float)}
+    out = {"second": second.max(1), "weakest": 1 - first.min(1)}
     for a, b in BONES:
         length = np.linalg.norm(spots[:, at[a]] - spots[:, at[b]], axis=1) / torso
         out[f"{a}-{b}"] = np.where(known & seen[:, at[a]] & seen[:, at[b]], length, np.nan)
@@ -169,11 +189,11 @@ def joint_measures(names: Sequence[str], first: np.ndarray, second: np.ndarray, 
 
 
 def measure_limits(names: Sequence[str], first: np.ndarray, second: np.ndarray, spots: np.ndarray) -> dict[str, list[float]]:
-    """The 1 % and 99 % points of `joint_measures` on real figures; second peaks and unseen joints have no lower limit."""
+    """The 1 % and 99 % points of `joint_measures` on real figures; of second and weakest peaks only the upper one counts."""
     limits = {}
     for name, values in joint_measures(names, first, second, spots).items():
         low, high = np.nanpercentile(values, [1, 99])
-        limits[name] = [-float(high) - 1e-3, float(high) + 1e-3] if name in ("second", "unseen") else [float(low), float(high)]
+        limits[name] = [-float(high) - 1e-3, float(high) + 1e-3] if name in ("second", "weakest") else [float(low), float(high)]
     return limits
 
 
@@ -185,6 +205,7 @@ def save_reader(reader: FigureReader, folder: Path, *, half: bool = False) -> No
         "kind": "reader",
         "attributes": m.attributes,
         "joints": m.joints,
+        "parts": m.parts,
         "channels": m.channels,
         "width": m.width,
         "limits": reader.limits,
@@ -209,7 +230,7 @@ def load_reader(folder: Path) -> FigureReader:
         raise ValueError(f"{folder} has no config.json; expected a reader that `limner figures make` wrote") from None
     if config.get("kind") != "reader":
         raise ValueError(f"{folder} holds a {config.get('kind', 'model of another kind')!r}, not a reader")
-    model = Reader(config["attributes"], config["joints"], config["channels"], config["width"])
+    model = Reader(config["attributes"], config["joints"], config["parts"], config["channels"], config["width"])
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / "model.safetensors").items()})
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return FigureReader(model, config["limits"], sha256(folder / "model.safetensors")[:16], config.get("sure"))

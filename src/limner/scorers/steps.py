@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
 
@@ -16,6 +17,9 @@ from limner.records import Image, Score, from_table, to_table
 from limner.scorers.protocol import PictureScorer, Scorer, describe
 from limner.store import input_hash, open_step, read_table, shards
 
+FEEDBACK = "feedback"  # the name of scores that say what was preferred
+PREFERRED = 512  # images a shard of them
+
 
 def score_images(
     images: Sequence[Image], scorers: Sequence[Scorer], batch_size: int = 64, progress: Progress = lambda n: None
@@ -26,9 +30,7 @@ def score_images(
     is not a number.
     """
     values: dict[tuple[int, str], float | str] = {}
-    for start in range(0, len(images), batch_size):
-        rows = range(start, min(start + batch_size, len(images)))
-        pictures = dict(zip(rows, in_threads(_decoded, [images[i].image for i in rows])))
+    for pictures in _decoded_ahead(images, batch_size):
         for scorer in scorers:
             asked: list[tuple[int, PIL.Image.Image]] = []
             for i, picture in pictures.items():
@@ -40,8 +42,22 @@ def score_images(
                     asked.append((i, picture))
             found = answers(scorer, [p for _, p in asked], [images[i].text for i, _ in asked]) if asked else []
             values |= {(i, scorer.name): value for (i, _), value in zip(asked, found)}
-        progress(len(rows))
+        progress(len(pictures))
     return [_row(image, scorer, values[i, scorer.name]) for i, image in enumerate(images) for scorer in scorers]
+
+
+def _decoded_ahead(images: Sequence[Image], batch_size: int) -> Iterator[dict[int, PIL.Image.Image | str]]:
+    """Batches of pictures by position. The next one is decoded while a batch is scored, so that a device does not wait for files."""
+
+    def read(start: int) -> dict[int, PIL.Image.Image | str]:
+        rows = range(start, min(start + batch_size, len(images)))
+        return dict(zip(rows, in_threads(_decoded, [images[i].image for i in rows])))
+
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(read, 0)
+        for start in range(0, len(images), batch_size):
+            batch, following = following.result(), pool.submit(read, start + batch_size)
+            yield batch
 
 
 def _decoded(data: bytes) -> PIL.Image.Image | str:
@@ -76,6 +92,29 @@ def _row(image: Image, scorer: Scorer, value: float | str) -> Score:
         image_id=image.id, prompt_id=image.prompt_id, scorer=scorer.name, score=None if reason else float(value), reason=reason,
         revision=scorer.revision,
     )  # fmt: skip
+
+
+def write_preferences(folder: Path, images: Iterable[Image], scores: Mapping[str, float]) -> int:
+    """Two step folders that stages with `from: feedback` read: `images`, those that have a score, and their `scores`; returns how many."""
+    steps = [open_step(folder / "images", "feedback images", {}, {}), open_step(folder / "scores", "scores", {}, {})]
+    count, part, shard = 0, list[Image](), 0
+
+    def write() -> None:
+        rows = [Score(image_id=i.id, prompt_id=i.prompt_id, scorer=FEEDBACK, score=scores[i.id]) for i in part]
+        for step, table in zip(steps, (to_table(Image, part), to_table(Score, rows))):
+            step.write(shard, table)
+
+    for image in images:
+        part.append(image)
+        count += 1
+        if len(part) == PREFERRED:
+            write()
+            part, shard = [], shard + 1
+    if part or not shard:
+        write()
+    for step in steps:
+        step.finish({"rows": count})
+    return count
 
 
 def make_scores(images_folder: Path, folder: Path, scorers: Sequence[Scorer], batch_size: int = 64, part: tuple[int, int] = (0, 1)) -> None:

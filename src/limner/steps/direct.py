@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from limner.config import ScorerKind, ScorerSpec
 from limner.engine import parse_part
-from limner.steps.run import load_scorer, to_device
+from limner.steps import run
 
 if TYPE_CHECKING:
     from limner.scorers.protocol import Scorer
@@ -113,7 +113,7 @@ def caption(argv: Sequence[str]) -> int:
 
     args = caption_parser().parse_args(argv)
     backend = load_backend("caption", args.backend, args.model)
-    to_device([backend], args.device)
+    run.to_device([backend], args.device)
     source = Source(path=Path(args.images), image_column=args.image_column)
     counts = caption_files(
         source, Path(args.output_dir), backend, split=args.split, question=args.question or QUESTION, part=parse_part(args.shard)
@@ -145,9 +145,7 @@ def load_scorers(texts: Sequence[str], device: str = "auto") -> list[Scorer]:
         if name in specs:
             raise ValueError(f"--scorers {name}: given twice")
         specs[name] = spec
-    scorers = [load_scorer(name, spec) for name, spec in specs.items()]
-    to_device(scorers, device)
-    return scorers
+    return list(run.load_scorers(specs, device).values())
 
 
 def parse_scorer(text: str) -> tuple[str, ScorerSpec]:

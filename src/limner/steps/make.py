@@ -117,7 +117,8 @@ def score(run: Run) -> None:
 
 def examples(run: Run, name: str) -> None:
     """Choose the examples of a stage."""
-    from limner.examples.curriculum import FEEDBACK, make_examples
+    from limner.examples.curriculum import make_examples
+    from limner.scorers.steps import FEEDBACK
 
     stage, folder = run.recipe.stages[name], run.out / "examples" / name
     earlier = {r.source for r in (stage.winner, stage.loser) if r and r.source in run.recipe.stages}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,8 +61,7 @@ class Run:
         """The recipe's scorers (readers are not scorers)."""
         from limner.scorers.steps import keep_answers
 
-        found = {n: load_scorer(n, s) for n, s in self.recipe.scorers.items() if s.kind != "reader"}
-        to_device(list(found.values()), self.recipe.model.device)
+        found = load_scorers({n: s for n, s in self.recipe.scorers.items() if s.kind != "reader"}, self.recipe.model.device)
         keep_answers(list(found.values()), self.out / "answers")
         return found
 
@@ -128,6 +127,16 @@ def load_scorer(name: str, spec: ScorerSpec) -> Scorer:
     if spec.kind == "hps_v3":
         return hpsv3.load_scorer(path, name, tower=tower, tokenizer=tokenizer)
     return clip.load_scorer(path, name, spec.kind, tower=tower, tokenizer=tokenizer, activation=spec.activation or None)
+
+
+def load_scorers(specs: Mapping[str, ScorerSpec], device: str = "cpu") -> dict[str, Scorer]:
+    """Scorers by name on a device; those of one CLIP's weights share them."""
+    from limner.scorers.clip import share_towers
+
+    found = {name: load_scorer(name, spec) for name, spec in specs.items()}
+    share_towers(list(found.values()))
+    to_device(list(found.values()), device)
+    return found
 
 
 def to_device(movable: Sequence[object], device: str) -> None:

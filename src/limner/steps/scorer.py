@@ -1,4 +1,4 @@
-"""The actions of `limner scorer`: import, export, train, evaluate. Each has a config of its own, from a YAML file or options alone."""
+"""The actions of `limner scorer`: import, judge, export, train, evaluate. Each has a config of its own, of a YAML file or options."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 
 from limner.config import build, to_dict
-from limner.steps.run import load_scorer, resolve
+from limner.steps.run import load_scorer, load_scorers, resolve, to_device
 
 if TYPE_CHECKING:
     from limner.evaluation.choices import EvaluateScorers
     from limner.records import Choice
     from limner.scorers.exchange import Import
     from limner.scorers.objective import TrainScorer
-    from limner.scorers.published import Dropped
+    from limner.scorers.pairwise import JudgePairs
+    from limner.scorers.rows import Dropped
 
 T = TypeVar("T")
 
@@ -26,7 +27,7 @@ def scorer(action: str, path: str | None, overrides: Sequence[str], *, print_con
     """Run an action; returns the exit code.
 
     Args:
-        dry_run: of train: check what it is given, say how much it is, and stop.
+        dry_run: of train and judge: check what it is given, say how much it is, and stop.
 
     Raises:
         ValueError: unknown keys, unusable input.
@@ -34,18 +35,21 @@ def scorer(action: str, path: str | None, overrides: Sequence[str], *, print_con
     from limner.evaluation.choices import EvaluateScorers
     from limner.scorers import exchange
     from limner.scorers.objective import TrainScorer
+    from limner.scorers.pairwise import JudgePairs
 
     kinds: dict[str, Any] = {
-        "import": exchange.Import, "export": exchange.Export, "train": TrainScorer, "evaluate": EvaluateScorers,
+        "import": exchange.Import, "judge": JudgePairs, "export": exchange.Export, "train": TrainScorer, "evaluate": EvaluateScorers,
     }  # fmt: skip
     config = read_config(kinds[action], path, overrides)
     if print_config:
         print(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120))
-    elif dry_run and action != "train":
+    elif dry_run and action not in ("train", "judge"):
         raise ValueError(f"--dry_run: {action} has none; it checks every row as it goes, and finished shards are kept")
     elif action == "import":
         found = _feedback(config) if config.format == "feedback" else None
         print_report(exchange.import_choices(config, found), config.output_dir)
+    elif action == "judge":
+        judge(config, dry_run=dry_run)
     elif action == "export":
         print(f"wrote {exchange.export_choices(config)} pairs to {config.output_dir}")
     elif action == "train":
@@ -65,6 +69,37 @@ def _feedback(config: Import) -> Iterator[Choice | Dropped]:
     if not config.source or not config.images:
         raise ValueError(f"{'source' if not config.source else 'images'}: not set")
     return to_choices(read_feedback(Path(config.source)), {i.id: i for i in read_rows(Path(config.images), Image)})
+
+
+def judge(config: JudgePairs, *, dry_run: bool = False) -> dict[str, Any]:
+    """Let a judge compare pairs of images; returns the report."""
+    from limner.scorers.backends import load_backend
+    from limner.scorers.pairwise import judge_pairs, plan
+
+    if dry_run:
+        _, pairs, left = plan(config)
+        print(f"{len(pairs)} pairs of {len({a.prompt_id for a, _ in pairs})} prompts, {2 * len(pairs)} questions")
+        for reason, count in left.items():
+            print(f"  {count} images left out: {reason}")
+        return {}
+    for key in ("output_dir", "backend"):
+        if not getattr(config, key):
+            raise ValueError(f"{key}: not set")
+    backend = load_backend("judge", config.backend, config.model)
+    to_device([backend], config.device)
+    found = judge_pairs(config, backend)
+    print(f"{found['judged']} of {found['pairs']} pairs of {found['prompts']} prompts judged, {found['ties']} ties")
+    for name, text in (
+        ("wins", "the images win"), ("first_place", "image 1 is preferred (0.5: place does not matter)"),
+        ("same_in_both_orders", "the answer is the same in both orders"),
+    ):  # fmt: skip
+        if share := found.get(name):
+            spread = f" [{share['low']:.3f}, {share['high']:.3f}]" if share["low"] is not None else ""
+            print(f"  {text}: {share['value']:.3f}{spread}")
+    for reason, count in [*found["missing"].items(), *found["left_out"].items()]:
+        print(f"  {count} without: {reason}")
+    print(f"wrote {config.output_dir}: choices for `limner scorer train` and `evaluate`; a recipe's `feedback: {config.output_dir}`")
+    return found
 
 
 def train(config: TrainScorer, *, dry_run: bool = False) -> Path:
@@ -103,7 +138,7 @@ def evaluate(config: EvaluateScorers) -> dict[str, Any]:
         about = resolve(spec.path, name) / "training.json"
         if about.is_file():
             seen[name] = json.loads(about.read_text())["generators"]
-    found = evaluate_choices(config, [load_scorer(name, spec) for name, spec in config.scorers.items()], seen)
+    found = evaluate_choices(config, list(load_scorers(config.scorers).values()), seen)
     print(table(found))
     print(f"wrote {config.output_dir}/agreement.json and scores.parquet")
     return found

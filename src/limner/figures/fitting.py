@@ -1,0 +1,52 @@
+"""Train a small model of the embedded world: resume, fit with checkpoints, and let what is finished appear whole."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from limner import checkpoint
+from limner.loop import Every, Metrics, Optimisation, fit, schedule
+
+
+def resume(folder: Path, model: torch.nn.Module, lr: float, steps: int, warmup: int = 50) -> tuple[Optimisation, int]:
+    """The optimiser of a model and the step to go on from: the folder's newest checkpoint, else 0."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
+    o = Optimisation(list(model.parameters()), optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule("cosine", warmup, steps)))
+    found = checkpoint.latest(folder)
+    if found is None:
+        return o, 0
+    weights, state, meta = checkpoint.load(found)
+    model.load_state_dict(weights["model"])
+    o.load_state_dict(state)
+    return o, int(meta["step"])
+
+
+def train(name: str, folder: Path, model: torch.nn.Module, o: Optimisation, start: int, steps: int, loss: Any, batches: Any) -> None:
+    """Train to `steps`; a line every 25, a checkpoint every 200. `loss` and `batches` as in `loop.fit`."""
+
+    def save(step: int) -> None:
+        checkpoint.save(folder, step, {"model": model.state_dict()}, o, {})
+
+    recent: list[Metrics] = []
+
+    def log(step: int, metrics: Metrics) -> None:
+        recent.append(metrics)
+        if step % 25 == 0:
+            means = {k: sum(m[k] for m in recent[-25:]) / len(recent[-25:]) for k in metrics if k not in ("lr",)}
+            print(f"{name} {step} " + " ".join(f"{k} {v:.4g}" for k, v in means.items()), flush=True)
+
+    every: list[Every] = [(1, log), (200, lambda step, _: save(step))]
+    fit(loss, batches, o, max_train_steps=steps, start=start, every=every, save=save, name=name)
+
+
+def save_whole(folder: Path, write: Callable[[Path], Any]) -> None:
+    """A finished model appears whole."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    write(partial)
+    partial.rename(folder)
