@@ -76,8 +76,8 @@ class Hps:
     splits: dict[str, str] = field(default_factory=lambda: {"train": "scorer", "validation": "judge", "test": "raters"})
     prompts: dict[str, int] = field(default_factory=lambda: {"train": 2000, "validation": 200, "test": 500})
     choices_per_prompt: int = 2
-    noise: float = 0.06
-    tie: float = 0.02
+    noise: float = 0.1
+    tie: float = 0.03
     sampler: Sampler = field(default_factory=lambda: Sampler(num_inference_steps=16, guidance_scale=2.0, batch_size=50))
     few_steps: int = 5
     reconstruct: list[int] = field(default_factory=lambda: [300, 600])
