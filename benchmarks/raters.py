@@ -19,7 +19,8 @@ from limner.feedback import checks
 from limner.feedback.richhf import tokens
 from limner.feedback.simulate import Truth, answer, manner_of, recovery
 from limner.feedback.study import Pictures, Study
-from limner.figures.raters import load_truth, rows
+from limner.figures.raters import rows
+from limner.figures.truths import load_truth
 
 RATERS = 3
 

@@ -95,7 +95,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_simulated_raters_answer_everything_and_together_know_more(simulated: Path) -> None:
     from limner.feedback.simulate import recovery
-    from limner.figures.raters import load_truth
+    from limner.figures.truths import load_truth
     from limner.inputs import read_prompts
 
     table = simulated / "run/figures.parquet"
@@ -120,27 +120,31 @@ def test_simulated_raters_answer_everything_and_together_know_more(simulated: Pa
 
 def test_qualities_by_hand() -> None:
     """A 10x10 picture: a black figure of 20 pixels left of the middle on white, 5 of them wrong, one of four claims untrue."""
-    pytest.importorskip("anny", reason="the renderer needs the extra `figures`")
-    from limner.figures.raters import qualities
+    from limner.figures.latent import qualities
 
     picture, figure, defect = np.full((10, 10, 3), 255, np.uint8), np.zeros((10, 10), bool), np.zeros((10, 10), bool)
     figure[:, 3:5] = True
     picture[figure] = 0
-    sound = qualities(picture, figure, defect, 0, 4)
+    sound = qualities(picture, figure, defect, 0)
     centred = 1 - 0.1 / 0.2  # its middle is at 0.4; its colour differs by more than 130
     assert sound == pytest.approx({"plausibility": 1, "alignment": 1, "aesthetics": 0.2 + 0.4 * centred + 0.4, "overall": 0.95})
     defect[:5, 3] = True
-    wrong = qualities(picture, figure, defect, 1, 4)
+    wrong = qualities(picture, figure, defect, 1 / 4)
     expected = {"plausibility": 0.7 * np.exp(-0.75), "alignment": 0.75**3, "aesthetics": 0.6 * 0.8}
     expected["overall"] = 0.4 * expected["plausibility"] + 0.35 * expected["alignment"] + 0.25 * expected["aesthetics"]
     assert wrong == pytest.approx(expected)
+    unsure = qualities(picture, figure, defect, 0, defect=0.5, blur=0.25)
+    assert unsure["plausibility"] == pytest.approx(1 - 0.5 * (1 - 0.7 * np.exp(-0.75))), "half way between a defect and none"
+    assert unsure["aesthetics"] == pytest.approx(0.8 * 0.8 * 0.75), "half of what a defect takes away, a quarter of the sharpness lost"
+    with pytest.raises(ValueError, match="wrong is 4; expected 0 to 1"):
+        qualities(picture, figure, defect, 4)
 
 
 @pytest.mark.parametrize("task", ["choice", "side"])
 def test_simulated_raters_prefer_what_is_better(task: str, tmp_path: Path) -> None:
     """The mean of three raters follows the latent quality: of two images with an answer apart, the better one usually wins."""
     pytest.importorskip("anny", reason="the renderer needs the extra `figures`")
-    from limner.figures.raters import read_truths
+    from limner.figures.truths import read_truths
 
     images = {"from": "figures", "limit": 12, **({"against": "figures"} if task == "side" else {})}
     values = {"output_dir": str(tmp_path / "run"), "task": task, "answer": "ranking", "images": images, "overlap": 3}
@@ -170,8 +174,7 @@ def test_simulated_raters_prefer_what_is_better(task: str, tmp_path: Path) -> No
 
 
 def test_simulate_needs_the_truth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("anny", reason="the renderer needs the extra `figures`")
     s.image_folder(tmp_path / "images", {"a": "x", "b": "y"})
     s.study_of(tmp_path, {"overlap": 1})
     assert main(["annotate", "simulate", str(tmp_path / "study.yaml")]) == 2
-    assert "no truth is known of these images" in capsys.readouterr().err
+    assert "no truth is known of 2 of 2 images, such as a; for generated figures say with whose eyes" in capsys.readouterr().err

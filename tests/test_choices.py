@@ -382,7 +382,7 @@ def test_an_epoch_has_every_row_once_in_an_order_of_its_own(tmp_path):
 
 
 def test_our_own_feedback_becomes_choices(tmp_path, capsys):
-    """A best of three, a ranking with a tie, a side-by-side answer; an image that is not there, and images of two prompts."""
+    """A best of three, a ranking with a tie, a side-by-side answer, ratings; images that are not there, and images of two prompts."""
     step = open_step(tmp_path / "pool", "pool", {}, {})
     shown = [
         Image(id=f"{p}/{k}", prompt_id=p, text=f"prompt {p}", image=picture(k), k=k, model="m" if p == "a" else "")
@@ -398,15 +398,24 @@ def test_our_own_feedback_becomes_choices(tmp_path, capsys):
         payloads.make("b/0", "otto", "choice", {"images": ["b/0", "c/1"], "ranks": [1, 2]}, id="4"),
         payloads.make("a/1", "otto", "choice", {"images": ["a/1", "b/1"], "ranks": [1, 2]}, id="5"),
         payloads.make("a/1", "otto", "ratings", {"overall": 3}, id="6"),
+        payloads.make("a/0", "otto", "ratings", {"overall": 2, "alignment": 5}, id="7"),
+        payloads.make("a/0", "anna", "ratings", {"overall": 5}, id="8"),
+        payloads.make("a/2", "anna", "ratings", {"overall": 3}, id="9"),
+        payloads.make("b/2", "anna", "ratings", {"overall": 5}, id="10"),
+        payloads.make("b/1", "anna", "ratings", {"alignment": 5}, id="11"),
+        payloads.make("c/1", "anna", "ratings", {"overall": 5}, id="12"),
     ]
     write_feedback(tmp_path / "feedback.jsonl", rows)
     options = ["--source", str(tmp_path / "feedback.jsonl"), "--images", str(tmp_path / "pool"), "--output_dir", str(tmp_path / "out")]
     assert main(["scorer", "import", "--format", "feedback", *options]) == 0
     choices = Choices(tmp_path / "out")
     assert [(r.kind, r.said, r.rater) for r in choices.rows] == [
-        ("choice", (0, 1, 0), "anna"), ("ranking", (1, 3, 1), "anna"), ("choice", (0, 1), "otto"),
+        ("choice", (0, 1, 0), "anna"), ("ranking", (1, 3, 1), "anna"), ("choice", (0, 1), "otto"), ("ranking", (2, 1, 2), ""),
     ]  # fmt: skip
+    assert choices.rows[3].files == ("a/1", "a/0", "a/2"), "means 3, 3.5 and 3"
     assert choices.rows[0].generators == ("m", "m", "m") and choices.rows[1].generators == ()
     assert choices.encoded(2) == [picture(0), picture(1)]
     said = capsys.readouterr().out
-    assert "dropped 1: image is not in the folder of images (feedback 4)" in said and "dropped 1: images of different prompts" in said
+    assert "dropped 2: image is not in the folder of images (feedback 4, feedback ratings/c/1)" in said
+    assert "dropped 1: only one image of the prompt is rated (feedback ratings/b/overall)" in said
+    assert "dropped 1: images of different prompts" in said

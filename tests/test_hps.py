@@ -15,10 +15,12 @@ pytest.importorskip("anny")
 
 from limner.cli import main
 from limner.config import Sampler
-from limner.figures import hps
+from limner.feedback.simulate import Truth
+from limner.figures import assets, hps, seen
 from limner.figures.body import JOINTS
 from limner.figures.candidates import REAL, UNSEEN, Hps, observer, painter, read_candidates, world_rows
-from limner.figures.choosers import ceilings, choose, fit_linear, quality
+from limner.figures.choosers import ceilings, choose, fit_linear
+from limner.figures.make import png
 from limner.images import encode_png
 from limner.scorers.agreement import Judged, accuracy_difference
 from limner.scorers.choices import Choices
@@ -28,14 +30,6 @@ from test_choices import choice
 from tiny import save_tiny
 
 ROOT = Path(__file__).parent.parent
-
-
-def test_quality_falls_with_every_fault():
-    costs = {"wrong": 2.0, "defect": 1.5, "blur": 1.0}
-    pictures = [{"wrong": 0, "defect": 0, "blur": 0}, {"wrong": 0.5, "defect": 0, "blur": 0.25}, {"wrong": 0, "defect": 1, "blur": 0}]
-    assert quality(pictures, costs).tolist() == [0, -1.25, -1.5]
-    with pytest.raises(ValueError, match="costs of wrong, smear; expected wrong, defect, blur"):
-        quality(pictures, {"wrong": 1, "smear": 1})
 
 
 def test_choices_follow_luces_axiom():
@@ -100,9 +94,12 @@ def world(tmp_path_factory) -> Path:
             image = figure(i % 3, 1000 * number + i)
             flawed = image.clone()
             flawed[:, 6:10, :] = 0.9
+            person, mask = np.zeros((2, SIZE, SIZE), np.uint8)
+            person[4:12, 4:12] = 5
+            mask[6:10, 4:12] = 255
             rows.append({
                 "id": f"{split}-{i}", "prompt": f"a {COLOURS[i % 3]} man", "image": encode_png(image),
-                "defective_image": encode_png(flawed), "attributes": json.dumps({"top": COLOURS[i % 3]}), "claimed": ["top"],
+                "defective_image": encode_png(flawed), "parts": png(person), "defect_mask": png(mask),
             })  # fmt: skip
         step.write(0, pa.Table.from_pylist(rows))
         step.finish({})
@@ -117,7 +114,7 @@ def stand_in_painter(config: Hps):
             out = []
             for r in rows:
                 rng = np.random.default_rng([salt, *r["id"].encode()])
-                colour = COLOURS.index(json.loads(r["attributes"])["top"])
+                colour = COLOURS.index(r["prompt"].split()[1])
                 out.append(figure(colour if rng.random() < odds else (colour + 1) % 3, int(rng.integers(1 << 30))))
             return torch.stack(out)
 
@@ -129,26 +126,42 @@ def stand_in_painter(config: Hps):
 
 
 def stand_in_observer(config: Hps):
-    """Reads the square's colour."""
+    """Tells the square's colour."""
 
-    def look(images, claims):
+    def look(images):
         shown = images[:, :, 4:12, 4:12].mean((2, 3))
-        right = np.array([COLOURS[int(c)] == claim["top"] for c, claim in zip(shown.argmax(1), claims)])
-        classes = (20 * shown).softmax(1).numpy()
-        return {"wrong": 1.0 - right, "defect": np.zeros(len(images)), "features": shown.numpy(), "classes": classes}
+        return {"features": shown.numpy(), "classes": (20 * shown).softmax(1).numpy()}
 
     return look
+
+
+def stand_in_beholder(path: Path):
+    """Sees whether the square has the caption's colour, and nothing else."""
+    assert path.name == "rater_reader", "the recipe's"
+
+    def know(images, texts):
+        shown = images[:, :, 4:12, 4:12].mean((2, 3)).argmax(1)
+        right = [COLOURS[int(c)] == text.split()[1] for c, text in zip(shown, texts)]
+        none = np.zeros((SIZE, SIZE), bool)
+        kinds = ("plausibility", "alignment", "aesthetics", "overall")
+        return [Truth(artifact=none, misalignment=none, qualities=dict.fromkeys(kinds, 0.9 if r else 0.6)) for r in right]
+
+    return know
 
 
 def test_the_recipe_with_stand_ins(world, tmp_path, monkeypatch, capsys):
     """Every part of the shipped recipe at a size of seconds: what is drawn, who chose what, who was trained, and what is reported."""
     monkeypatch.setattr(hps, "painter", stand_in_painter)
     monkeypatch.setattr(hps, "observer", stand_in_observer)
+    monkeypatch.setattr(seen, "beholder", stand_in_beholder)
+    monkeypatch.setattr(seen, "real_sharpness", lambda: 10.0)
+    monkeypatch.setattr(assets, "DATA", tmp_path / "data")
+    (tmp_path / "data/rater_reader").mkdir(parents=True)
     options = {
         "output_dir": tmp_path, "world": world, "prompts": "{train: 40, validation: 8, test: 16}", "dual.channels": "[8, 16]",
         "dual.size": SIZE, "dual.width": 32, "dual.text_layers": 1, "dual.attention_layers": 0, "tower_steps": 2, "tower_batch": 16,
         "train.max_train_steps": 12,
-        "train.learning_rate": 0.005, "train.lr_warmup_steps": 0, "train.train_batch_size": 16, "train.validation_steps": 0, "noise": 0.2,
+        "train.learning_rate": 0.005, "train.lr_warmup_steps": 0, "train.train_batch_size": 16, "train.validation_steps": 0, "noise": 0.04,
     }  # fmt: skip
     command = [
         "figures",
@@ -162,7 +175,10 @@ def test_the_recipe_with_stand_ins(world, tmp_path, monkeypatch, capsys):
     generators = {split: {c["generator"] for c in read_candidates(config, split)} for split in ("train", "test")}
     assert generators["test"] - generators["train"] == {UNSEEN} and "defect" in generators["train"]
     defects = [c for c in read_candidates(config, "train") if c["generator"] == "defect"]
-    assert len(defects) == 40 and all(c["defect"] == 1 and c["wrong"] == 0 for c in defects), "their truth is known"
+    assert len(defects) == 40 and all(c["alignment"] == 1 for c in defects), "their truth is known: their own captions, and a half is wrong"
+    assert {round(c["plausibility"], 9) for c in defects} == {round(0.7 * math.exp(-3 * 32 / 64), 9)}
+    late = [c["overall"] for c in read_candidates(config, "train") if c["generator"] == "late"]
+    assert set(late) == {0.6, 0.9} and 0.5 < np.mean(np.array(late) == 0.9) < 0.9, "about 0.7 of them have the right colour"
     choices = Choices(tmp_path / "choices/test")
     assert (
         len(choices) == 32
@@ -207,7 +223,7 @@ def test_what_really_draws_on_a_tiny_pipeline(world, tmp_path):
 
 
 def test_what_really_looks(tmp_path):
-    """The reader's answers as shares: claims that are its own reading are right, others wrong; poses are probabilities."""
+    """Classes are the reader's poses, as probabilities."""
     torch.manual_seed(0)
     joints = list(JOINTS)
     model = Reader(
@@ -217,8 +233,6 @@ def test_what_really_looks(tmp_path):
     save_reader(FigureReader(model, limits), tmp_path)
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(3))
     own = FigureReader(model, limits).read(images).attributes["pose"]
-    claims = [{"pose": model.attributes["pose"][(p + (i == 3)) % 3]} for i, p in enumerate(own)]
-    found = observer(Hps(reader=str(tmp_path)))(images, claims)
-    assert found["wrong"].tolist() == [0, 0, 0, 1]
+    found = observer(Hps(reader=str(tmp_path)))(images)
     assert found["classes"].shape == (4, 3) and found["classes"].sum(1) == pytest.approx(1, abs=1e-5)
     assert found["classes"].argmax(1).tolist() == own.tolist()

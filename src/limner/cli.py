@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
             c.add_argument("--rater", default="", help="invite: who")
             c.add_argument("--role", default="rater", choices=["rater", "admin"], help="invite: as what")
             c.add_argument("--count", type=int, default=3, help="simulate: how many")
+            c.add_argument("--reader", default="", help="simulate: of images without a known truth, what this reader sees is known")
             c.add_argument("--ties_misaligned", action="store_true", help="consolidate: words marked by half of the raters are misaligned")
         if name == "scorer":
             c.add_argument("action", choices=["import", "judge", "export", "train", "evaluate"])
@@ -62,10 +63,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 WITHOUT_RECIPE = ("--images", "--scorers", "--serve")  # options of `limner score` that say so
-OPTIONS = (
-    "--help", "--config", "--print_config", "--dry_run", "--stage", "--shard", "--file", "--rater", "--role", "--count",
-    "--ties_misaligned",
-)  # fmt: skip
+OPTIONS = ("--help", "--config", "--print_config", "--dry_run", "--stage", "--shard")
+ANNOTATE = ("file", "rater", "role", "count", "reader", "ties_misaligned")  # options of `limner annotate`; others set the study's values
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -73,9 +72,10 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     own: list[str] = []
     overrides: list[str] = []
     words = list(argv)
+    options = (*OPTIONS, *(f"--{name}" for name in ANNOTATE)) if words[:1] == ["annotate"] else OPTIONS
     while words:
         word = words.pop(0)
-        if not word.startswith("--") or word.partition("=")[0] in OPTIONS:
+        if not word.startswith("--") or word.partition("=")[0] in options:
             own.append(word)
             continue
         overrides.append(word)
@@ -169,7 +169,7 @@ def dispatch_annotate(args: argparse.Namespace, path: str, overrides: Sequence[s
         from limner.steps.annotate import annotate
     except ImportError as error:
         raise ValueError(f"annotate needs the extra `annotate` (pip install 'limner[annotate]'): {error}") from error
-    annotate(args.action, study, file=args.file, rater=args.rater, role=args.role, count=args.count, ties_misaligned=args.ties_misaligned)
+    annotate(args.action, study, **{name: getattr(args, name) for name in ANNOTATE})
     return 0
 
 

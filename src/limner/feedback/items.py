@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,20 @@ def iter_images(path: str) -> Iterator[Image]:
     if read_manifest(folder)["kind"] == "prompts":
         raise ValueError(f"{path} holds prompts; expected a step that makes images, such as pool or generate")
     yield from read_rows(folder, Image)
+
+
+def images_of(study: Study, wanted: Container[str]) -> Iterator[Image]:
+    """The images of a study whose ids are wanted, as they came, each once.
+
+    Raises:
+        ValueError: as `iter_images`.
+    """
+    done = set[str]()
+    for source in filter(None, (study.images.source, study.images.against)):
+        for image in iter_images(source):
+            if image.id in wanted and image.id not in done:
+                done.add(image.id)
+                yield image
 
 
 def make_items(study: Study) -> tuple[list[Item], dict[str, int]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from limner.feedback.items import iter_images
+from limner.feedback.items import images_of
 from limner.feedback.payloads import of_kind
 from limner.feedback.study import Study
-from limner.records import Feedback, Image
+from limner.records import Feedback
 from limner.scorers import steps as scorers
 
 
@@ -46,13 +46,4 @@ def write_preferences(study: Study, rows: Sequence[Feedback], folder: Path) -> i
         ValueError: as `open_step`, or the images cannot be read any more.
     """
     found = preferences(rows)
-    return scorers.write_preferences(folder, _seen(study, found), found)
-
-
-def _seen(study: Study, found: dict[str, float]) -> Iterator[Image]:
-    done = set[str]()
-    for source in filter(None, (study.images.source, study.images.against)):
-        for image in iter_images(source):
-            if image.id in found and image.id not in done:
-                done.add(image.id)
-                yield image
+    return scorers.write_preferences(folder, images_of(study, found), found)

@@ -9,7 +9,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def find(name: str) -> Path:
-    """`figures` names in recipes to files: base, preference, judge, reader, train, validation, test.
+    """`figures` names in recipes to files: base, preference, judge, reader, rater_reader, train, validation, test.
 
     Raises:
         ValueError: it is not there; says how to make it.

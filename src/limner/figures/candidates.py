@@ -1,9 +1,8 @@
-"""The pictures that simulated people choose among: drawn by several generators for one caption, and what is wrong with each."""
+"""The pictures that simulated people choose among: drawn by several generators for one caption, and how good each is."""
 
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,8 +20,11 @@ from torch import Tensor
 from limner import seeds
 from limner.config import Sampler, to_dict
 from limner.engine import Progress, run_shards
-from limner.evaluation.distances import sharpness
-from limner.images import encode_png
+from limner.feedback.simulate import Truth
+from limner.figures.latent import qualities
+from limner.figures.seen import blurs
+from limner.figures.truths import decode_array
+from limner.images import encode_png, to_uint8
 from limner.records import Prompt
 from limner.scorers.objective import NewDual, TrainScorer
 from limner.store import is_complete, open_step, read_table, shards
@@ -31,8 +33,9 @@ REAL, UNSEEN = "real", "few_steps"  # not among the training choices
 SHARD = 50
 Row = dict[str, Any]
 Paint = Callable[[Sequence[Row]], dict[tuple[str, int], Tensor]]  # rows of a split to (generator, k): pictures (n, 3, H, W)
-Look = Callable[[Tensor, Sequence[dict[str, str]]], dict[str, NDArray]]  # pictures and claims to wrong, defect, features, classes
-DECIDES = ("seed", "world", "base", "early", "early_steps", "reader", "sampler", "few_steps", "reconstruct")  # how pictures look
+Know = Callable[[Tensor, Sequence[str]], list[Truth]]  # pictures (n, 3, H, W) and captions to what people know of them
+Look = Callable[[Tensor], dict[str, NDArray]]  # pictures to features (n, D) and classes (n, C), by which sets are measured
+DECIDES = ("seed", "world", "base", "early", "early_steps", "raters", "reader", "sampler", "few_steps", "reconstruct")  # what is written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +49,12 @@ class Hps:
         base: the pipeline late in training; figures/base is the embedded one.
         early: the pipeline early in training ("" = trained here).
         early_steps: of the base model trained here.
-        reader: says what is wrong with pictures that have no truth.
+        raters: the reader whose eyes people see with.
+        reader: another one, by which sets of pictures are measured.
         splits: choices' split to the world's split that captions come from.
         prompts: captions a split.
         choices_per_prompt: each with another rater and other pictures.
-        quality: what a caption wholly missed, a sure defect and all sharpness lost cost.
-        noise: of a rater, in units of quality.
+        noise: of a rater, in units of the quality `overall`.
         tie: a rater whose best two are less than this apart cannot decide.
         sampler: of the pictures.
         few_steps: network steps of the generator that training never sees.
@@ -68,13 +71,13 @@ class Hps:
     base: str = "figures/base"
     early: str = ""
     early_steps: int = 800
+    raters: str = "figures/rater_reader"
     reader: str = "figures/reader"
     splits: dict[str, str] = field(default_factory=lambda: {"train": "scorer", "validation": "judge", "test": "raters"})
     prompts: dict[str, int] = field(default_factory=lambda: {"train": 2000, "validation": 200, "test": 500})
     choices_per_prompt: int = 2
-    quality: dict[str, float] = field(default_factory=lambda: {"wrong": 1.5, "defect": 1.5, "blur": 2.0})
-    noise: float = 0.3
-    tie: float = 0.1
+    noise: float = 0.1
+    tie: float = 0.03
     sampler: Sampler = field(default_factory=lambda: Sampler(num_inference_steps=16, guidance_scale=2.0, batch_size=50))
     few_steps: int = 5
     reconstruct: list[int] = field(default_factory=lambda: [300, 600])
@@ -165,7 +168,7 @@ def painter(config: Hps) -> Paint:
 
 
 def observer(config: Hps) -> Look:
-    """What says what is wrong with a picture: the reader of figures, which no scorer here learns from."""
+    """What measures of sets look with: the features of the reader that neither raters nor scorers see with, and poses as classes."""
     from limner.scorers.reader import load_reader
 
     reader = load_reader(resolve(config.reader))
@@ -173,23 +176,20 @@ def observer(config: Hps) -> Look:
     before = sum(len(reader.model.attributes[n]) for n in names[: names.index("pose")])
     poses = slice(before, before + len(reader.model.attributes["pose"]))
 
-    def look(images: Tensor, claims: Sequence[dict[str, str]]) -> dict[str, NDArray]:
-        reading = reader.read(images)
-        return {
-            "wrong": 1 - reader.attribute_accuracy(reading, claims), "defect": reading.defect, "features": reading.features,
-            "classes": reading.features[:, poses],
-        }  # fmt: skip
+    def look(images: Tensor) -> dict[str, NDArray]:
+        features = reader.read(images).features
+        return {"features": features, "classes": features[:, poses]}
 
     return look
 
 
-def make_images(config: Hps, paint: Callable[[], Paint], look: Callable[[], Look]) -> None:
-    """Draw the candidates of every split and see what is wrong with them.
+def make_images(config: Hps, paint: Callable[[], Paint], know: Callable[[], Know], look: Callable[[], Look]) -> None:
+    """Draw the candidates of every split and see how good they are.
 
     Args:
-        paint, look: make the tools, when first needed.
+        paint, know, look: make the tools, when first needed.
     """
-    tools: list[tuple[Paint, Look]] = []
+    tools: list[tuple[Paint, Know, Look]] = []
     for split, source in config.splits.items():
         folder = Path(config.output_dir) / "images" / split
         decides = {k: v for k, v in to_dict(config).items() if k in DECIDES}
@@ -197,8 +197,8 @@ def make_images(config: Hps, paint: Callable[[], Paint], look: Callable[[], Look
         if is_complete(folder):
             continue
         if not tools:
-            tools.append((paint(), look()))
-        columns = ["id", "prompt", "image", "defective_image", "attributes", "claimed"]
+            tools.append((paint(), know(), look()))
+        columns = ["id", "prompt", "image", "defective_image", "defect_mask", "parts"]
         rows = world_rows(config, source, columns, config.prompts[split])
         draw = partial(_shard, *tools[0], split == "test")
         tasks = [rows[i : i + SHARD] for i in range(0, len(rows), SHARD)]
@@ -206,36 +206,35 @@ def make_images(config: Hps, paint: Callable[[], Paint], look: Callable[[], Look
             step.finish({"prompts": len(rows)})
 
 
-def _shard(paint: Paint, look: Look, with_unseen: bool, _: int, rows: list[Row], progress: Progress) -> dict[str, pa.Table]:
-    table = pa.Table.from_pylist(_candidates(rows, paint, look, with_unseen))
+def _shard(
+    paint: Paint, know: Know, look: Look, with_unseen: bool, _: int, rows: list[Row], progress: Progress
+) -> dict[str, pa.Table]:  # fmt: skip
+    table = pa.Table.from_pylist(_candidates(rows, paint, know, look, with_unseen))
     progress(len(rows))
     return {"part": table}
 
 
-def _candidates(rows: list[Row], paint: Paint, look: Look, with_unseen: bool) -> list[Row]:
-    """One line a picture: prompt, generator, k, the picture and what is wrong with it."""
-    claims = []
-    for r in rows:
-        attributes = json.loads(r["attributes"])
-        claims.append({n: attributes[n] for n in r["claimed"]})
-    painted = paint(rows)
-    edge = float(np.median(sharpness(painted[REAL, 0])))
+def _candidates(rows: list[Row], paint: Paint, know: Know, look: Look, with_unseen: bool) -> list[Row]:
+    """One line a picture: prompt, generator, k, the picture, its latent qualities, and what sets are measured by."""
+    painted, texts = paint(rows), [r["prompt"] for r in rows]
     out = []
     for (generator, k), images in painted.items():
         if generator == UNSEEN and not with_unseen:
             continue
-        seen = look(images, claims)
-        blur = (1 - sharpness(images) / edge).clip(0, 1)
+        seen = look(images)
+        latent = _known(rows, images) if generator == "defect" else [t.qualities for t in know(images, texts)]
         for i, r in enumerate(rows):
             out.append({
-                "prompt_id": r["id"], "text": r["prompt"], "generator": generator, "k": k, "image": encode_png(images[i]),
-                # of a defective figure the truth is known
-                "wrong": 0.0 if generator == "defect" else float(seen["wrong"][i]),
-                "defect": 1.0 if generator == "defect" else float(seen["defect"][i]),
-                "blur": float(blur[i]), "features": seen["features"][i].astype(float).tolist(),
-                "classes": seen["classes"][i].astype(float).tolist(),
+                "prompt_id": r["id"], "text": r["prompt"], "generator": generator, "k": k, "image": encode_png(images[i]), **latent[i],
+                "features": seen["features"][i].astype(float).tolist(), "classes": seen["classes"][i].astype(float).tolist(),
             })  # fmt: skip
     return out
+
+
+def _known(rows: Sequence[Row], images: Tensor) -> list[dict[str, float]]:
+    """The latent qualities of defective figures with their own captions: where they are and what is wrong with them is known."""
+    masks = [[decode_array(r[name]) > 0 for name in ("parts", "defect_mask")] for r in rows]
+    return [qualities(p, person, wrong, 0.0, blur=b) for p, (person, wrong), b in zip(to_uint8(images), masks, blurs(images))]
 
 
 def read_candidates(config: Hps, split: str) -> list[Row]:

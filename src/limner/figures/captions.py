@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from limner.figures.scene import ATTRIBUTES, Figure
 
@@ -81,6 +83,60 @@ def describe(attributes: dict[str, str], seed: int) -> Caption:
     ][template]
     claimed = {a for _, a in words if a}  # saying nothing claims nothing
     return Caption(" ".join(w for w, _ in words), {n: attributes[n] for n in ATTRIBUTES if n in claimed}, tuple(a for _, a in words))
+
+
+_SAID: dict[tuple[str, ...], tuple[str, str]] = {  # what stands for one value wherever it stands
+    **{
+        tuple(phrase.split()): (name, value)
+        for name in ("sex", "pose", "place")
+        for value in ATTRIBUTES[name]
+        for phrase in _PHRASES.get(name, {}).get(value, (value,))
+    },
+    ("long-sleeved",): ("sleeves", "long"), ("sweater",): ("sleeves", "long"),
+    ("short-sleeved",): ("sleeves", "short"), ("t-shirt",): ("sleeves", "short"),
+    ("trousers",): ("legwear", "trousers"), ("pants",): ("legwear", "trousers"), ("shorts",): ("legwear", "shorts"),
+}  # fmt: skip
+_COLOURED = {  # what has the colour before it
+    "hair": "hair", "shirt": "top", "sweater": "top", "t-shirt": "top", "trousers": "bottom", "pants": "bottom", "shorts": "bottom",
+}  # fmt: skip
+
+
+def parse(words: Sequence[str]) -> Caption:
+    """What a caption in the words of `describe` claims; other words claim nothing. Its inverse, also of captions with wrong words."""
+    said = [w.lower() for w in words]
+    claims, about = dict[str, str](), [""] * len(said)
+
+    def claim(name: str, value: str, *at: int) -> None:
+        claims[name] = value
+        for i in at:
+            about[i] = name
+
+    for phrase in sorted(_SAID, key=len):  # longer ones last: they are the surer ones
+        for i in range(len(said) - len(phrase) + 1):
+            if tuple(said[i : i + len(phrase)]) == phrase:
+                claim(*_SAID[phrase], *range(i, i + len(phrase)))
+    for i, noun in enumerate(said):
+        name = _COLOURED.get(noun, "")
+        colour = {"silver": "grey"}.get(said[i - 1], said[i - 1]) if i else ""
+        if name and colour in ATTRIBUTES[name]:
+            claim(name, colour, i - 1)
+        before = i - 2 if colour in ATTRIBUTES["hair"] else i - 1
+        if noun == "hair" and before >= 0 and said[before] in ATTRIBUTES["hair_length"]:
+            claim("hair_length", said[before], before)
+    return Caption(" ".join(words), {n: claims[n] for n in ATTRIBUTES if n in claims}, tuple(about))
+
+
+def contradicting(parts: NDArray[np.integer], names: Sequence[str], attributes: Iterable[str]) -> NDArray[np.bool_]:
+    """Where wrong attributes show: their body parts, or all that is not the person.
+
+    Args:
+        parts: (H, W) numbers of body parts, 0 = not the person.
+        names: of the parts, in the order of their numbers.
+        attributes: that a caption claims and that are not so.
+    """
+    region = {part for name in attributes for part in REGION[name]}
+    body = np.isin(parts, [names.index(n) for n in region if n != "place"])
+    return body | (parts == 0) if "place" in region else body
 
 
 def swap(figure: Figure, seed: int, rng: np.random.Generator, count: int | None = None) -> SwappedCaption:

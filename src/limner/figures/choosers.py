@@ -1,12 +1,12 @@
 """Simulated raters who choose among pictures: a hidden quality, noise of their own, and what that leaves to be known.
 
-Quality is 0 for a picture without fault and falls with what is wrong with it. A rater sees it with Gumbel noise, so that choices follow
-Luce's axiom: of two pictures the better one is preferred with probability sigmoid(difference / noise).
+Hidden quality is `overall` of `latent.qualities`. A rater sees it with Gumbel noise, so that choices follow Luce's axiom: of two pictures
+the better one is preferred with probability sigmoid(difference / noise).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,18 +19,6 @@ from limner.scorers.choices import pairs
 from limner.scorers.losses import bradley_terry
 
 Array = NDArray[np.float64]
-FAULTS = ("wrong", "defect", "blur")  # shares in [0, 1]: claimed attributes that are wrong, chance of a defect, sharpness lost
-
-
-def quality(pictures: Sequence[Mapping[str, Any]], costs: Mapping[str, float]) -> Array:
-    """Hidden quality (K,), 0 or less, of pictures whose `FAULTS` are known.
-
-    Raises:
-        ValueError: a cost that is missing or of no known fault.
-    """
-    if set(costs) != set(FAULTS):
-        raise ValueError(f"quality: costs of {', '.join(costs)}; expected {', '.join(FAULTS)}")
-    return -np.array([sum(costs[f] * p[f] for f in FAULTS) for p in pictures])
 
 
 def utilities(hidden: Array, noise: float, rng: np.random.Generator) -> Array:

@@ -4,7 +4,7 @@
 
     early             a base model stopped early in training
     images/<split>    of each caption: two pictures of the base late and early in training, two reconstructions, a defective figure, and
-                      (test only) one of a sampler that training never saw; what is wrong with each, and the real picture
+                      (test only) one of a sampler that training never saw; how good each is, and the real picture
     choices/<split>   simulated raters' choices among two to four of them
     tower             pre-trained contrastively on pictures and captions
     hps, pickscore    trained on from the tower by choices
@@ -27,7 +27,7 @@ from limner import seeds
 from limner.config import ScorerSpec, build, to_dict
 from limner.figures import fitting
 from limner.figures.candidates import REAL, Hps, Row, make_images, observer, painter, pixels, read_candidates, world_rows
-from limner.figures.choosers import choose, quality
+from limner.figures.choosers import choose
 from limner.records import Choice
 from limner.scorers.exchange import write_choices
 from limner.store import input_hash, is_complete, open_step
@@ -43,9 +43,11 @@ def run_hps(path: Path, overrides: Sequence[str], *, print_config: bool = False)
     if print_config:
         print(yaml.safe_dump(to_dict(config), sort_keys=False))
         return 0
+    from limner.figures.candidates import resolve
     from limner.figures.hps_report import report
+    from limner.figures.seen import beholder
 
-    make_images(config, lambda: painter(config), lambda: observer(config))
+    make_images(config, lambda: painter(config), lambda: beholder(resolve(config.raters)), lambda: observer(config))
     for split in config.splits:
         make_choices(config, split)
     tower = make_tower(config)
@@ -60,7 +62,6 @@ def make_choices(config: Hps, split: str) -> None:
     folder = Path(config.output_dir) / "choices" / split
     decides = {
         "seed": config.seed,
-        "quality": config.quality,
         "noise": config.noise,
         "tie": config.tie,
         "choices_per_prompt": config.choices_per_prompt,
@@ -78,7 +79,7 @@ def make_choices(config: Hps, split: str) -> None:
             rng = np.random.default_rng(seeds.seed_of(config.seed, "raters", prompt_id, n))
             count = int(rng.integers(2, min(4, len(candidates)) + 1))
             chosen = [candidates[i] for i in rng.choice(len(candidates), count, replace=False)]
-            hidden = quality(chosen, config.quality)
+            hidden = np.array([c["overall"] for c in chosen])
             rows.append(
                 Choice(
                     id=f"{prompt_id}/{n}", prompt_id=prompt_id, text=chosen[0]["text"], kind="choice",

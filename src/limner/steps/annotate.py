@@ -6,10 +6,13 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from limner.feedback.study import Study
-from limner.steps.run import FIGURES
+from limner.steps.run import FIGURES, resolve
+
+if TYPE_CHECKING:
+    from limner.feedback.simulate import Truth
 
 ACTIONS = {
     "serve": "the page that raters and admins use",
@@ -17,7 +20,7 @@ ACTIONS = {
     "import": "answers from a file (--file)",
     "export": "answers to a file (--file)",
     "consolidate": "what raters said together, and how far they agree",
-    "simulate": "raters of the embedded world answer through the page's own requests (--count)",
+    "simulate": "raters of the embedded world answer through the page's own requests (--count, --reader)",
 }
 
 
@@ -98,27 +101,43 @@ def _consolidate(study: Study, ties_misaligned: bool = False, **_: Any) -> None:
     print(f"annotate consolidate: wrote {study.output_dir}/report.json")
 
 
-def _simulate(study: Study, count: int = 3, **_: Any) -> None:
+def _simulate(study: Study, count: int = 3, reader: str = "", **_: Any) -> None:
     import sqlalchemy
     from sqlmodel import col
 
     from limner.feedback.database import Picture, reading
     from limner.feedback.server import invitation, prepare, serving
     from limner.feedback.simulate import run_raters
-    from limner.figures.raters import read_truths
 
     if count < study.overlap:
         raise ValueError(f"--count: {count} raters cannot give every item {study.overlap} answers (overlap)")
     database = prepare(study)
-    truths = read_truths(Path(study.images.source))
     with reading(database) as session:
         names = {row[0]: row[1] for row in session.execute(sqlalchemy.select(col(Picture.token), col(Picture.image_id)))}
-    if missing := [i for i in names.values() if i not in truths]:
-        raise ValueError(f"image {missing[0]}: no truth is known of it")
+    truths = _known(study, set(names.values()), reader)
     with serving(study, database) as address:
         links = [invitation(study, database, f"simulated-{n:03d}", "rater", address) for n in range(count)]
         done = run_raters(address, links, study, truths.__getitem__, names)
     print(f"annotate simulate: {count} raters gave {done} answers")
+
+
+def _known(study: Study, ids: set[str], reader: str) -> dict[str, Truth]:
+    """What simulated raters know of images: the truth that was written down, and of the others what the reader sees in them."""
+    from limner.feedback.items import images_of
+    from limner.figures.truths import read_truths
+
+    truths = read_truths(Path(study.images.source))
+    missing = ids - truths.keys()
+    if not missing:
+        return truths
+    if not reader:
+        raise ValueError(
+            f"no truth is known of {len(missing)} of {len(ids)} images, such as {min(missing)}; for generated figures say with whose eyes "
+            "raters see: --reader figures/rater_reader, or the folder of another reader"
+        )
+    from limner.figures.seen import see_images
+
+    return truths | dict(see_images(images_of(study, missing), resolve(reader, "rater_reader")))
 
 
 def _file(file: str) -> Path:
