@@ -164,3 +164,10 @@ def test_the_command_line_tells_values_from_the_recipe() -> None:
 def test_recipes_are_frozen() -> None:
     with pytest.raises(AttributeError):
         Recipe().seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["base", "pool", "real"])
+def test_a_stage_may_not_be_called_as_something_else_is(tmp_path: Path, name: str) -> None:
+    stages = {name: SMALL["stages"]["easy"]}  # type: ignore[index]
+    with pytest.raises(ValueError, match=f"stages.{name}: the name '{name}' is taken"):
+        load_recipe(written(tmp_path, stages=stages))

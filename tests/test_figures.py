@@ -16,7 +16,7 @@ from limner.config import Sampler
 from limner.figures import captions, defects, lessons, make, scene
 from limner.figures.body import JOINTS, PARTS, build_meshes
 from limner.figures.render import camera, cast, turn
-from limner.figures.teach import reword
+from limner.figures.teach import reword, to_input, train_reader
 from limner.models.stable_diffusion import wrap
 from limner.scorers.reader import peaks
 from tiny import tiny_pipeline
@@ -228,6 +228,21 @@ def test_a_swap_changes_one_named_attribute():
         changed = [[k for k in right if other[k] != right[k]] for other in wrong]
         assert all(len(c) == 1 for c in changed)
         assert all(sum(x != y for x, y in zip(o["clothes"], right["clothes"])) <= 1 for o in wrong)
+
+
+def test_labelled_samples_teach_the_defect_head(tmp_path):
+    """Drawn pictures and their copies are equal here, so only the labelled ones (a dark spot = flawed) can tell."""
+    grey = np.full((2, 4, 64, 64, 3), 128, np.uint8)
+    drawn = lessons.Lessons(
+        ["a man"] * 4, ["a woman"] * 4, np.zeros((4, len(scene.ATTRIBUTES)), int), {"raw": grey}, [([], [])] * 4,
+        np.zeros((4, 64, 64), bool), np.zeros((4, 64, 64), np.uint8),
+    )  # fmt: skip
+    seen = np.full((6, 64, 64, 3), 128, np.uint8)
+    seen[:3, 20:44, 20:44] = 10
+    model = train_reader(drawn, tmp_path, steps=30, batch=8, channels=(4, 8, 8, 8), labelled=(seen, np.array([1, 1, 1, 0, 0, 0])))
+    with torch.no_grad():
+        said = model(to_input(list(seen)))["defect"]
+    assert said[:3].min() > said[3:].max() + 1
 
 
 def test_a_picture_and_its_copy_take_the_same_path(tmp_path):

@@ -427,6 +427,9 @@ def _refuse_unknown(kind: Any, values: Any, where: str, path: str = "") -> None:
             _refuse_unknown(hints[key], value, where, f"{path}{key}.")
 
 
+SOURCES = ("pool", "reconstruction", "real", "feedback")  # of a winner or loser; further ones are earlier stages
+
+
 def check(recipe: Recipe) -> None:
     """What types cannot say.
 
@@ -440,6 +443,8 @@ def check(recipe: Recipe) -> None:
     earlier: list[str] = []
     for name, stage in recipe.stages.items():
         at = f"stages.{name}"
+        if name in (*SOURCES, "base"):
+            raise ValueError(f"{at}: the name {name!r} is taken (base: the model before training; others: sources of images)")
         if stage.start and stage.start not in earlier:
             raise ValueError(f"{at}.start: {stage.start!r} is not an earlier stage ({', '.join(earlier) or 'there is none'})")
         _check_learn(f"{at}.learn", stage, recipe)
@@ -478,7 +483,7 @@ def _check_learn(at: str, stage: Stage, recipe: Recipe) -> None:
 
 
 def _check_source(at: str, source: Source, recipe: Recipe, earlier: list[str]) -> None:
-    if source.source not in ("pool", "reconstruction", "real", "feedback", *earlier):
+    if source.source not in (*SOURCES, *earlier):
         stages = ", ".join(earlier) or "none"
         raise ValueError(f"{at}.from: {source.source!r}; expected pool, reconstruction, real, feedback or an earlier stage ({stages})")
     if source.source == "reconstruction":

@@ -1,58 +1,63 @@
-"""How good the embedded models are: `limner figures measure`. Numbers for docs/figures.md, with intervals.
+"""How good the embedded models are: `limner figures make --only '[measure]'`. Numbers for docs/figures.md, with intervals.
 
-Held-out figures come from the split `raters`, which nothing learns from. Labels of base samples were given by looking at the
-numbered sheets that this module writes (`labels.csv`: sample, 1 = something is wrong with the body).
+Held-out figures come from the split `raters`, which nothing learns from. Samples of the base model were labelled by people who looked
+at numbered sheets of them: those of validation captions are what the reader's defect head is measured on, those of training captions
+what it also learns from.
 """
 
 from __future__ import annotations
 
-import csv
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
+from PIL import Image
 from torch import Tensor
 
 from limner import statistics
 from limner.config import Sampler
-from limner.figures.assets import find
+from limner.figures.assets import DATA, find
 from limner.figures.lessons import Lessons, add_paths, attribute_indices, degrade
 from limner.figures.scene import ATTRIBUTES
 from limner.figures.teach import PATHS, to_input
 from limner.images import decode_batch, grid
+from limner.inputs import read_prompts
 from limner.models.stable_diffusion import Pipeline
 from limner.pool.sample import Request, sample
 from limner.records import Prompt
 from limner.scorers.dual import DualScorer
 from limner.scorers.reader import FigureReader
 
-LABELS = Path(__file__).parent / "labels.csv"
-SAMPLES = 200
+LABELLED = DATA / "labelled.parquet"  # split, sample, image, looks: what each person said, flawed: what most of them said
+SAMPLES = 200  # of the sheets
 SAMPLER = Sampler(num_inference_steps=16, guidance_scale=2.0, batch_size=50)
 
 
-def base_samples(pipeline: Pipeline, prompts: Sequence[Prompt], seed: int = 7) -> Tensor:
-    """One sample of each of the first `SAMPLES` validation captions, (200, 3, 64, 64) in [0, 1]: what labels.csv speaks of."""
-    requests = [Request(Prompt(id=p.id, text=p.text), 0, 64, 64) for p in prompts[:SAMPLES]]
+def base_samples(pipeline: Pipeline, prompts: Sequence[Prompt], seed: int) -> Tensor:
+    """One sample of each caption, (N, 3, 64, 64) in [0, 1]. Those labelled were of the first 200 of validation (seed 7) and the first
+    800 of training (seed 8)."""
+    requests = [Request(Prompt(id=p.id, text=p.text), 0, 64, 64) for p in prompts]
     return torch.stack([pixels for pixels, _ in sample(pipeline, requests, SAMPLER, seed)])
 
 
+def labelled_samples(split: str, path: Path = LABELLED) -> tuple[np.ndarray, np.ndarray]:
+    """Base samples of a split's captions (N, 64, 64, 3) uint8, and 1 where a person saw something wrong with the body (N,)."""
+    rows = pq.read_table(path, filters=[("split", "=", split)]).to_pylist()
+    return np.stack([np.array(Image.open(io.BytesIO(r["image"]))) for r in rows]), np.array([r["flawed"] for r in rows])
+
+
 def write_sheets(images: Tensor, folder: Path, columns: int = 10, rows: int = 5, zoom: int = 3) -> None:
-    """Numbered sheets of samples to label by eye."""
+    """Numbered sheets of samples to look at."""
     folder.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(images), columns * rows):
         part = torch.nn.functional.interpolate(images[start : start + columns * rows], scale_factor=zoom, mode="nearest")
         labels = [str(i) for i in range(start, start + len(part))]
         grid(part, columns, labels).save(folder / f"sheet-{start:03d}.png")
-
-
-def read_labels(path: Path = LABELS) -> dict[int, int]:
-    """Sample number to 1 (something is wrong with the body) or 0."""
-    with path.open() as f:
-        return {int(r["sample"]): int(r["flawed"]) for r in csv.DictReader(f)}
 
 
 def reader_quality(reader: FigureReader, real: Tensor, attributes: np.ndarray, held_out: Lessons) -> dict[str, Any]:
@@ -107,23 +112,14 @@ def auc(scores: np.ndarray, labels: np.ndarray, seed: int = 0) -> dict[str, floa
 
 def measure(pipeline: Pipeline, reader: FigureReader, scorers: dict[str, DualScorer], held_out: Lessons, work: Path) -> dict[str, Any]:
     """Everything; also writes the sheets to `work`."""
-    from limner.inputs import read_prompts
-
     add_paths(held_out, pipeline, work / "paths/raters", 0, Sampler(num_inference_steps=16, guidance_scale=1.0))
     test = [p for p in read_prompts(find("test"), "test") if p.image and p.truth]
     truth = [json.loads(p.truth or "")["attributes"] for p in test]
     indices = attribute_indices(truth)
     out: dict[str, Any] = {"reader": reader_quality(reader, decode_batch([p.image or b"" for p in test]), indices, held_out)}
     out |= {name: scorer_quality(scorer, held_out) for name, scorer in scorers.items()}
-    samples = base_samples(pipeline, read_prompts(find("validation"), "validation"))
-    write_sheets(samples, work / "sheets")
-    if LABELS.is_file():
-        labels, reading = read_labels(), reader.read(samples)
-        known = sorted(labels)
-        wrong = np.array([labels[i] for i in known])
-        out["base samples"] = {
-            "flawed": share(wrong),
-            "defect AUC": auc(reading.defect[known], wrong),
-            "joints AUC": auc(reading.doubt[known], wrong),
-        }
-    return out
+    write_sheets(base_samples(pipeline, read_prompts(find("validation"), "validation")[:SAMPLES], seed=7), work / "sheets")
+    samples, flawed = labelled_samples("validation")
+    reading = reader.read(to_input(list(samples)))
+    found = {"flawed": share(flawed), "defect AUC": auc(reading.defect, flawed), "joints AUC": auc(reading.doubt, flawed)}
+    return out | {"base samples": found}

@@ -25,6 +25,7 @@ PATHS, ODDS = ("raw", "recon"), (0.25, 0.75)
 SWAPS = 3  # wrong captions a picture
 IGNORED = 255  # part of a pixel that a defect covers
 BODY = ("background", *PARTS)  # what the reader's part maps name
+LABELLED = 12  # samples labelled by eye in a reader's batch, if it is given any
 
 
 def pictures(lessons: Lessons, kinds: np.ndarray, rows: np.ndarray, paths: list[str], flips: np.ndarray) -> list[np.ndarray]:
@@ -111,8 +112,14 @@ def train_reader(
     lr: float = 2e-3,
     seed: int = 0,
     channels: tuple[int, ...] = (16, 32, 64, 128),
+    labelled: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Reader:
-    """Attributes, joint heatmaps, body parts, defect map and logit, on sound and defective pictures of every path, with augmentation."""
+    """Attributes, joint heatmaps, body parts, defect map and logit, on sound and defective pictures of every path, with augmentation.
+
+    Args:
+        labelled: base samples (N, 64, 64, 3) uint8 and 1 where a person saw something wrong with the body; they teach the defect head
+            alone, which otherwise knows drawn defects only.
+    """
     torch.manual_seed(seed)
     model = Reader(ATTRIBUTES, JOINTS, BODY, channels).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     o, start = resume(folder, model, lr, steps)
@@ -136,24 +143,30 @@ def train_reader(
             parts.append(part)
             joints = mirror_joints(lessons.joints[row][kind]) if flip else lessons.joints[row][kind]
             heat.append(heatmaps([(k, x + right / 64, y + down / 64) for k, x, y in joints]))
+        wrongs = kinds
+        if labelled is not None:
+            chosen = rng.choice(len(labelled[0]), LABELLED)
+            images += [vary(image[:, ::-1] if flip else image, rng) for image, flip in zip(labelled[0][chosen], rng.random(LABELLED) < 0.5)]
+            wrongs = np.r_[kinds, labelled[1][chosen]]
         return [(
             to_input(images), torch.from_numpy(lessons.attributes[rows]), torch.from_numpy(np.stack(heat)),
-            torch.from_numpy(np.stack(mask)).float(), torch.from_numpy(np.stack(parts)).long(), torch.from_numpy(kinds).float(),
+            torch.from_numpy(np.stack(mask)).float(), torch.from_numpy(np.stack(parts)).long(), torch.from_numpy(wrongs).float(),
         )]  # fmt: skip
 
     def loss(item: tuple[Tensor, ...]) -> tuple[Tensor, Metrics]:
         images, attributes, heat, mask, parts, wrong = item
         out = model(images)
+        right = ((out["defect"] > 0) == (wrong > 0.5)).float()
+        defect = F.binary_cross_entropy_with_logits(out["defect"], wrong)
+        out = {name: values[:batch] for name, values in out.items()}
         named = sum((F.cross_entropy(out[n], attributes[:, i]) for i, n in enumerate(ATTRIBUTES)), torch.zeros(()))
         joints = F.binary_cross_entropy_with_logits(out["joints"], heat, weight=1 + 20 * heat)
         where = F.binary_cross_entropy_with_logits(out["defect_map"], mask, weight=1 + 8 * mask)
-        defect = F.binary_cross_entropy_with_logits(out["defect"], wrong)
         body = F.cross_entropy(out["parts"], parts, ignore_index=IGNORED)
-        right = ((out["defect"] > 0) == (wrong > 0.5)).float().mean().item()
         total = 0.3 * named + 10 * joints + 2 * where + 2 * body + defect
         return total, {
             "attributes": named.item(), "joints": joints.item(), "parts": body.item(), "map": where.item(), "defect": defect.item(),
-            "right": right,
+            "right": right[:batch].mean().item(), **({"labelled": right[batch:].mean().item()} if labelled is not None else {}),
         }  # fmt: skip
 
     train(folder.name, folder, model, o, start, steps, loss, batches)

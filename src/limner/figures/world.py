@@ -227,8 +227,8 @@ def _make_scorer(world: World, part: str, split: str, shape: dict[str, Any], ste
 
 
 def make_reader(world: World) -> None:
-    """The reader that evaluates."""
-    _make_reader(world, "reader", "reader", world.seed)
+    """The reader that evaluates. It also learns from samples of the base model that were labelled by eye."""
+    _make_reader(world, "reader", "reader", world.seed, by_eye=True)
 
 
 def make_rater_reader(world: World) -> None:
@@ -236,8 +236,9 @@ def make_rater_reader(world: World) -> None:
     _make_reader(world, "rater_reader", "judge", world.seed + 31)
 
 
-def _make_reader(world: World, part: str, split: str, seed: int) -> None:
+def _make_reader(world: World, part: str, split: str, seed: int, *, by_eye: bool = False) -> None:
     from limner.figures.lessons import attribute_indices
+    from limner.figures.quality import labelled_samples
     from limner.figures.teach import finish_reader, train_reader
     from limner.scorers.reader import save_reader
 
@@ -245,7 +246,8 @@ def _make_reader(world: World, part: str, split: str, seed: int) -> None:
     if done.is_dir():
         return
     lessons, _ = _lessons(world, split)
-    model = train_reader(lessons, done.parent, steps=world.reader_steps, seed=seed)
+    labelled = labelled_samples("train") if by_eye else None
+    model = train_reader(lessons, done.parent, steps=world.reader_steps, seed=seed, labelled=labelled)
     rows = _read(world, "train", ["image", "attributes"])[:2000]
     finished = finish_reader(model, _pixels(rows), attribute_indices([json.loads(r["attributes"]) for r in rows]))
     save_whole(done, lambda folder: save_reader(finished, folder, half=True))
