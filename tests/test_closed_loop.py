@@ -20,13 +20,14 @@ from limner import records
 from limner.cli import main
 from limner.figures import seen
 from limner.figures.assets import find
+from limner.figures.body import JOINTS
 from limner.figures.captions import REGION
 from limner.figures.scene import ATTRIBUTES
 from limner.images import decode_batch
 from limner.scorers import dual
 from limner.scorers.agreement import accuracy, judge
 from limner.scorers.choices import Choices
-from limner.scorers.reader import BONES, FigureReader
+from limner.scorers.reader import BONES, FigureReader, measure_names
 from limner.store import read_rows
 
 PROMPTS, EACH, RATERS = 6, 3, 3
@@ -95,7 +96,7 @@ def test_the_loop_closes_on_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     bright = dict(zip(pool, ranks.flatten().tolist()))  # 0: the darkest of its prompt
 
     # raters, who like dark pictures, answer through HTTP; what they said is consolidated
-    limits = {n: [-1e3, 1e3] for n in ("second", "weakest", *(f"{a}-{b}" for a, b in BONES))}
+    limits = {n: [-1e3, 1e3] for n in measure_names(JOINTS)}
     monkeypatch.setattr(seen, "load_reader", lambda path: FigureReader(Likes(pixels.view(PROMPTS, EACH, *pixels.shape[1:])), limits))  # type: ignore[arg-type]
     study = {
         "output_dir": str(tmp_path / "study"), "task": "choice", "answer": "ranking", "overlap": RATERS,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from limner.scorers.combine import combine, dominates, normalise, pareto
+from limner.config import ScorerSpec
+from limner.scorers.combine import SumScorer, combine, dominates, normalise, pareto
+from limner.steps.run import load_scorers
 
 NAN = float("nan")
 
@@ -72,3 +75,37 @@ def test_mistakes() -> None:
         combine({"a": [1.0]}, ["p"], {"x": 1})
     with pytest.raises(ValueError, match="expected numbers of at least 0, one of them above 0"):
         combine({"a": [1.0]}, ["p"], {"a": 0})
+
+
+class Brightness:
+    """Mean of the pixels, or its negative."""
+
+    range, comparable_across_prompts, needs_prompt, revision = (0.0, 1.0), True, False, "b"
+
+    def __init__(self, higher_is_better: bool):
+        self.name, self.higher_is_better = "brightness", higher_is_better
+
+    def __call__(self, images, prompts):
+        return images.mean((1, 2, 3))
+
+
+def test_a_sum_of_scorers_by_hand() -> None:
+    """2 of one and 3 of another whose numbers are better when lower: 2 b - 3 b = -b."""
+    both = SumScorer("both", [Brightness(True), Brightness(False)], [2, 3])
+    images = torch.stack([torch.full((3, 8, 8), v) for v in (0.25, 0.5)])
+    assert both(images, ["", ""]).tolist() == pytest.approx([-0.25, -0.5])
+    assert both.range == (-3, 2) and both.higher_is_better and both.revision == "2*b+-3*b"
+
+
+def test_a_recipe_adds_scorers() -> None:
+    """The embedded preference scorer twice and half of itself, with the attributes that the embedded reader sees taken away."""
+    of = {"preference": 2.5, "attributes": -1.0}
+    specs = {
+        "both": ScorerSpec(kind="sum", of=of), "preference": ScorerSpec(kind="dual", path="figures/preference"),
+        "attributes": ScorerSpec(kind="attributes", path="figures/reader"),
+    }  # fmt: skip
+    found = load_scorers(specs)
+    images, prompts = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)), ["a man in a park", "a woman waving"]
+    numbers = {n: s(images, prompts) for n, s in found.items()}
+    assert list(found) == ["both", "preference", "attributes"]
+    assert torch.allclose(numbers["both"], 2.5 * numbers["preference"] - numbers["attributes"])

@@ -133,6 +133,11 @@ def test_an_unknown_option_says_the_same(tmp_path: Path, option: list[str], word
         (["--stages.hard.keep", "winner_not_worse"], "stages.hard.keep: winner_not_worse needs a scorer"),
         (["--stages.hard.learn.rank", "4"], "stages.hard.learn.rank: 4, but stage easy has 8"),
         (["--stages.easy.learn.max_timestep", "0"], "lie outside the schedule"),
+        (["--scorers.picker.kind", "sum"], "scorers.picker.of: goes with kind sum"),
+        (
+            ["--scorers.picker", "{kind: sum, of: {picke: 1}}"],
+            "scorers.picker.of: 'picke' is no scorer that can be added",
+        ),
         (["--evaluate.judge", "reward"], "evaluate.judge: no scorer 'reward' under scorers (picker)"),
         (["--output_dir", ""], "output_dir: not set"),
     ],
@@ -166,8 +171,8 @@ def test_recipes_are_frozen() -> None:
         Recipe().seed = 1  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("name", ["base", "pool", "real"])
-def test_a_stage_may_not_be_called_as_something_else_is(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["pool", "real"])
+def test_a_stage_may_not_be_called_as_a_source_is(tmp_path: Path, name: str) -> None:
     stages = {name: SMALL["stages"]["easy"]}  # type: ignore[index]
-    with pytest.raises(ValueError, match=f"stages.{name}: the name '{name}' is taken"):
+    with pytest.raises(ValueError, match=f"stages.{name}: the name '{name}' is that of a source"):
         load_recipe(written(tmp_path, stages=stages))

@@ -24,7 +24,7 @@ from limner.figures.make import png
 from limner.images import encode_png
 from limner.scorers.agreement import Judged, accuracy_difference
 from limner.scorers.choices import Choices
-from limner.scorers.reader import BONES, FigureReader, Reader, save_reader
+from limner.scorers.reader import FigureReader, Reader, measure_names, save_reader
 from limner.store import open_step
 from test_choices import choice
 from tiny import save_tiny
@@ -229,7 +229,7 @@ def test_what_really_looks(tmp_path):
     model = Reader(
         {"sex": ["man", "woman"], "pose": ["standing", "kicking", "waving"]}, joints, ["background", "body"], (4, 8, 8, 16), 8
     ).eval()
-    limits = {k: [-1.0, 1.0] for k in ["second", "weakest", *(f"{a}-{b}" for a, b in BONES)]}
+    limits = {k: [-1.0, 1.0] for k in measure_names(JOINTS)}
     save_reader(FigureReader(model, limits), tmp_path)
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(3))
     own = FigureReader(model, limits).read(images).attributes["pose"]

@@ -120,10 +120,20 @@ def test_parts_are_averaged_each_on_its_own_pixels():
 def test_peaks_finds_both_maxima():
     """A map with 0.9 at (x 3, y 5) and 0.6 at (x 20, y 10) of 32×32: heights 0.9 and 0.6, first at (3.5, 5.5)/32."""
     heat = torch.zeros(1, 1, 32, 32)
-    heat[0, 0, 5, 3], heat[0, 0, 10, 20], heat[0, 0, 5, 4] = 0.9, 0.6, 0.7
+    heat[0, 0, 5, 3], heat[0, 0, 10, 20], heat[0, 0, 5, 2], heat[0, 0, 5, 4] = 0.9, 0.6, 0.7, 0.7
     first, second, where = reader.peaks(heat)
     assert first.item() == pytest.approx(0.9) and second.item() == pytest.approx(0.6)
     assert where[0, 0].tolist() == pytest.approx([3.5 / 32, 5.5 / 32])
+
+
+def test_peaks_lie_between_pixels():
+    """Gaussians around any place: found to a twentieth of a pixel, in the corner to half a pixel."""
+    y, x = torch.meshgrid(torch.arange(32) + 0.5, torch.arange(32) + 0.5, indexing="ij")
+    for at in ((10.2, 17.9), (5.5, 6.0), (30.7, 4.4), (0.6, 31.3)):
+        heat = torch.exp(-((x - at[0]) ** 2 + (y - at[1]) ** 2) / 2)[None, None]
+        _, _, where = reader.peaks(heat)
+        inside = all(1 < v < 31 for v in at)
+        assert (where[0, 0] * 32).tolist() == pytest.approx(at, abs=0.05 if inside else 0.5)
 
 
 def test_a_limb_twice_as_long_is_implausible():
@@ -151,7 +161,7 @@ def test_a_limb_twice_as_long_is_implausible():
 def test_a_saved_reader_reads_as_before(tmp_path):
     torch.manual_seed(0)
     model = reader.Reader({"sex": ["man", "woman"], "top": ["red", "blue", "green"]}, JOINTS, PARTS, (4, 8, 8, 16), 8).eval()
-    limits = {k: [-1.0, 1.0] for k in ["second", "weakest", *(f"{a}-{b}" for a, b in reader.BONES)]}
+    limits = {k: [-1.0, 1.0] for k in reader.measure_names(JOINTS)}
     first = reader.FigureReader(model, limits, sure={"sex": 0.95, "top": 0.94})
     reader.save_reader(first, tmp_path)
     second = reader.load_reader(tmp_path)

@@ -20,7 +20,7 @@ from limner.figures import assets, seen
 from limner.figures.captions import REGION, describe, parse, swap
 from limner.figures.scene import ATTRIBUTES, sample
 from limner.images import encode_png
-from limner.scorers.reader import BONES, FigureReader
+from limner.scorers.reader import BONES, FigureReader, measure_names
 from limner.store import open_step, read_rows
 
 JOINTS = sorted({name for bone in BONES for name in bone})
@@ -72,8 +72,8 @@ class Eyes(nn.Module):
 
 def eyes(*cases: Shown, **sure: float) -> FigureReader:
     """The stand-in. Joints are normal up to a second peak of 0.5."""
-    names = ("second", "unseen", "weakest", *(f"{a}-{b}" for a, b in BONES))
-    return FigureReader(Eyes(list(cases)), {n: [-0.5, 0.5] if n == "second" else [-1e3, 1e3] for n in names}, sure=sure)  # type: ignore[arg-type]
+    limits = {n: [-0.5, 0.5] if n.startswith("second ") else [-1e3, 1e3] for n in measure_names(JOINTS)}
+    return FigureReader(Eyes(list(cases)), limits, sure=sure)  # type: ignore[arg-type]
 
 
 def pictures(count: int) -> Tensor:
@@ -235,3 +235,15 @@ def test_simulate_says_whose_eyes_are_missing(tmp_path: Path, generated: list[Sh
     monkeypatch.setattr(assets, "DATA", tmp_path / "nothing")
     assert main([*command, "--reader", "figures/rater_reader"]) == 2
     assert "the embedded 'rater_reader' is not in this checkout (rater_reader); make it with" in capsys.readouterr().err
+
+
+def test_how_likely_a_caption_is_read_by_hand() -> None:
+    """The stand-in gives what it sees a logit of 1 among zeros; hair is read too unsurely to count."""
+    sizes = {n: len(v) for n, v in ATTRIBUTES.items()}
+    scorer = seen.AttributeScorer("attributes", eyes(Shown(), Shown({**TRUE, "sex": "man"}), Shown(), hair=0.9))
+    right, wrong, silent = scorer(pictures(3), [SAID, SAID, "a drawing"]).tolist()
+    counted = [n for n in parse(SAID.split()).attributes if n != "hair"]
+    expected = [1 - math.log(math.e + sizes[n] - 1) for n in counted]
+    assert right == pytest.approx(np.mean(expected), abs=1e-6)
+    assert wrong == pytest.approx(np.mean(expected) - 1 / len(counted), abs=1e-6)
+    assert silent == 0

@@ -104,7 +104,7 @@ class Pool:
 
 ScorerKind = Literal[
     "clip", "dual", "reader", "clip_cosine", "clip_score", "clip_score_w", "hps_v1", "hps_v2", "hps_v2_1", "pickscore", "aesthetic_v1",
-    "aesthetic_v2", "clip_iqa_quality", "clip_iqa_sharpness", "image_reward", "cycle_reward", "hps_v3", "judge",
+    "aesthetic_v2", "clip_iqa_quality", "clip_iqa_sharpness", "image_reward", "cycle_reward", "hps_v3", "judge", "attributes", "sum",
 ]  # fmt: skip
 
 
@@ -116,7 +116,7 @@ class ScorerSpec:
         kind: clip (a transformers CLIPModel folder), dual (a `limner scorer` folder), reader, or a published score: clip_cosine, clip_score
             (100 · cosine, at least 0), clip_score_w (2.5 · cosine, at least 0), hps_v1, hps_v2, hps_v2_1, pickscore, aesthetic_v1,
             aesthetic_v2, clip_iqa_quality, clip_iqa_sharpness, image_reward, cycle_reward, hps_v3; or judge (a vision-language
-            model).
+            model); attributes (how likely a figure shows what its caption claims, by the reader in `path`); or sum (of other scorers).
         path: a folder, or figures/<name> for an embedded one; of a published score the file or CLIPModel folder of its weights.
         tower: of the aesthetic scores: OpenAI's CLIP ViT-L/14, a folder or file, under the head in `path`; of hps_v3: the folder of
             Qwen2-VL-7B-Instruct.
@@ -124,6 +124,7 @@ class ScorerSpec:
         activation: of a single file for clip_cosine or clip_score: quick_gelu if its weights descend from OpenAI's, gelu if from LAION's.
         model: of a judge whose `path` is the address of an endpoint (http://...): as that calls it.
         template: of a judge: pointwise (1 to 5) or yes (probability that the image shows the prompt).
+        of: of a sum: names of other scorers to weights. Scores are added as they are, so their scales matter.
     """
 
     kind: ScorerKind = "clip"
@@ -133,6 +134,7 @@ class ScorerSpec:
     activation: Literal["", "quick_gelu", "gelu"] = ""
     model: str = ""
     template: Literal["pointwise", "yes"] = "pointwise"
+    of: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -440,11 +442,16 @@ def check(recipe: Recipe) -> None:
         raise ValueError(f"pool.images_per_prompt: {recipe.pool.images_per_prompt}; a pair needs at least 2")
     if not recipe.output_dir:
         raise ValueError("output_dir: not set; every step writes below it, e.g. --output_dir runs/mine")
+    for name, spec in recipe.scorers.items():
+        if (spec.kind == "sum") != bool(spec.of):
+            raise ValueError(f"scorers.{name}.of: goes with kind sum, e.g. {{kind: sum, of: {{preference: 1.0, attributes: 2.0}}}}")
+        if unknown := [n for n in spec.of if n not in recipe.scorers or recipe.scorers[n].kind in ("sum", "reader")]:
+            raise ValueError(f"scorers.{name}.of: {unknown[0]!r} is no scorer that can be added; there are {', '.join(recipe.scorers)}")
     earlier: list[str] = []
     for name, stage in recipe.stages.items():
         at = f"stages.{name}"
-        if name in (*SOURCES, "base"):
-            raise ValueError(f"{at}: the name {name!r} is taken (base: the model before training; others: sources of images)")
+        if name in SOURCES:
+            raise ValueError(f"{at}: the name {name!r} is that of a source of images; call the stage otherwise")
         if stage.start and stage.start not in earlier:
             raise ValueError(f"{at}.start: {stage.start!r} is not an earlier stage ({', '.join(earlier) or 'there is none'})")
         _check_learn(f"{at}.learn", stage, recipe)

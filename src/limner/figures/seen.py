@@ -110,3 +110,34 @@ def see_images(images: Iterable[Image], path: Path) -> Iterator[tuple[str, Truth
             if picture.size != (SIZE, SIZE):
                 raise ValueError(f"image {image.id} is {picture.width}x{picture.height}; the reader of figures sees {SIZE}x{SIZE}")
         yield from zip([i.id for i in batch], look(to_tensor(pictures), [i.text for i in batch]))
+
+
+class AttributeScorer:
+    """How likely a figure shows what its caption claims: the mean log-probability, over the claimed attributes, that a reader gives them.
+
+    What VQAScore (arXiv 2404.01291) asks a vision-language model, asked of a reader of figures. Attributes that it reads unsurely and
+    captions that claim none count as 0.
+    """
+
+    higher_is_better = True
+    comparable_across_prompts = True
+    needs_prompt = True
+    range = (-5.0, 0.0)  # what is less likely than exp(-5) counts as that
+
+    def __init__(self, name: str, reader: FigureReader):
+        self.name, self.reader, self.revision = name, reader, reader.revision
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """As `Scorer`; images of 64 x 64 pixels."""
+        out = self.reader.model(images.float())
+        scores = []
+        for i, text in enumerate(prompts):
+            claims = parse(tokens(text)).attributes
+            said = [
+                out[n][i].log_softmax(0)[self.reader.model.attributes[n].index(v)].clamp(min=self.range[0])
+                for n, v in claims.items()
+                if self.reader.sure.get(n, 1.0) >= SURE
+            ]
+            scores.append(torch.stack(said).mean() if said else torch.zeros(()))
+        return torch.stack(scores)

@@ -1,4 +1,4 @@
-"""Several scores to one, and images that win on all. Pure functions of numbers; NaN is a missing score."""
+"""Several scores to one, and images that win on all. Functions of numbers, in which NaN is a missing score, and a scorer that adds."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
+from torch import Tensor
+
+from limner.scorers.protocol import Scorer
 
 Scale = Literal["zscore", "rank"]
 Floats = NDArray[np.float64]
@@ -109,3 +113,22 @@ def pareto(scores: ArrayLike, groups: Sequence[str]) -> NDArray[np.bool_]:
         beaten = dominates(x[at][:, None], x[at][None]).any(0)
         kept[at[beaten]] = False
     return kept
+
+
+class SumScorer:
+    """The weighted sum of other scorers' numbers, as they are: for scores of one scale, such as log-probabilities and logits."""
+
+    def __init__(self, name: str, parts: Sequence[Scorer], weights: Sequence[float]):
+        """One weight a part; scores of which lower is better count with the opposite sign."""
+        self.name, self.parts = name, list(parts)
+        self.weights = [w if p.higher_is_better else -w for p, w in zip(parts, weights)]
+        ends = [sorted(w * end for end in p.range) if w else [0.0, 0.0] for p, w in zip(parts, self.weights)]
+        self.range = (sum(low for low, _ in ends), sum(high for _, high in ends))
+        self.higher_is_better = True
+        self.comparable_across_prompts = all(p.comparable_across_prompts for p in parts)
+        self.needs_prompt = any(p.needs_prompt for p in parts)
+        self.revision = "+".join(f"{w:g}*{p.revision}" for p, w in zip(parts, self.weights))
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """As `Scorer`."""
+        return torch.stack([w * p(images, prompts) for p, w in zip(self.parts, self.weights)]).sum(0)

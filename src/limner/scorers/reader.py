@@ -153,7 +153,7 @@ class FigureReader:
     def _doubt(self, first: np.ndarray, second: np.ndarray, spots: np.ndarray) -> np.ndarray:
         """How far from normal the joints are: the largest of the measures below over its limit on real figures; above 1 = implausible.
 
-        Second peaks (two wrists in one heatmap), joints without a peak, and bone lengths over the torso's.
+        Joints without a high peak or with a second one (two wrists in one heatmap), and bone lengths over the torso's.
         """
         measures = joint_measures(self.model.joints, first, second, spots)
         worst = np.zeros(len(first))
@@ -168,36 +168,56 @@ class FigureReader:
 def peaks(heat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Heatmaps (B, J, H, W) in [0, 1] to the heights of the two highest local maxima (B, J) and the place of the first (B, J, 2).
 
-    Places are x and y in 0..1.
+    Places are x and y in 0..1, between pixels where the neighbours say so: a Gaussian's logarithm is a parabola, whose summit three
+    values give.
     """
     h, w = heat.shape[-2:]
     top = F.max_pool2d(heat, 5, 1, 2)
     local = torch.where(heat == top, heat, torch.zeros_like(heat)).flatten(2)
     values, places = local.topk(2, dim=2)
-    where = places[..., 0]
-    return values[..., 0], values[..., 1], torch.stack([(where % w + 0.5) / w, (where // w + 0.5) / h], -1)
+    x, y = places[..., 0] % w, places[..., 0] // w
+    log = heat.clamp(min=1e-4).log().flatten(2)
+
+    def at(y: Tensor, x: Tensor) -> Tensor:
+        return log.gather(2, (y.clamp(0, h - 1) * w + x.clamp(0, w - 1))[..., None])[..., 0]
+
+    def summit(before: Tensor, after: Tensor, inside: Tensor) -> Tensor:
+        bend = before - 2 * at(y, x) + after
+        offset = (before - after) / (2 * bend.clamp(max=-1e-6))
+        return torch.where(inside & (bend < -1e-6), offset, torch.zeros_like(bend)).clamp(-0.5, 0.5)
+
+    right = summit(at(y, x - 1), at(y, x + 1), (x > 0) & (x < w - 1))
+    down = summit(at(y - 1, x), at(y + 1, x), (y > 0) & (y < h - 1))
+    return values[..., 0], values[..., 1], torch.stack([(x + 0.5 + right) / w, (y + 0.5 + down) / h], -1)
 
 
 def joint_measures(names: Sequence[str], first: np.ndarray, second: np.ndarray, spots: np.ndarray) -> dict[str, np.ndarray]:
-    """Numbers that tell a sound skeleton: `second` (highest second peak), `weakest` (1 - lowest first peak), a ratio a bone (or NaN)."""
+    """Numbers that tell a sound skeleton: of each joint how far its highest peak is from 1 (`weak NAME`) and how high its second one is
+    (`second NAME`), and of each bone its length over the torso's, NaN if an end is not seen."""
     seen = first > PEAK
     at = {n: i for i, n in enumerate(names)}
     hips = (spots[:, at["left_hip"]] + spots[:, at["right_hip"]]) / 2
     torso = np.linalg.norm(spots[:, at["neck"]] - hips, axis=1).clip(0.02)
     known = seen[:, at["neck"]] & (seen[:, at["left_hip"]] | seen[:, at["right_hip"]])
-    out = {"second": second.max(1), "weakest": 1 - first.min(1)}
+    out = {f"weak {n}": 1 - first[:, i] for n, i in at.items()} | {f"second {n}": second[:, i] for n, i in at.items()}
     for a, b in BONES:
         length = np.linalg.norm(spots[:, at[a]] - spots[:, at[b]], axis=1) / torso
         out[f"{a}-{b}"] = np.where(known & seen[:, at[a]] & seen[:, at[b]], length, np.nan)
     return out
 
 
+def measure_names(joints: Sequence[str]) -> list[str]:
+    """What `joint_measures` measures."""
+    return [*(f"weak {n}" for n in joints), *(f"second {n}" for n in joints), *(f"{a}-{b}" for a, b in BONES)]
+
+
 def measure_limits(names: Sequence[str], first: np.ndarray, second: np.ndarray, spots: np.ndarray) -> dict[str, list[float]]:
-    """The 1 % and 99 % points of `joint_measures` on real figures; of second and weakest peaks only the upper one counts."""
+    """The 1 % and 99 % points of `joint_measures` on real figures; of weak and second peaks only the upper one counts."""
     limits = {}
     for name, values in joint_measures(names, first, second, spots).items():
         low, high = np.nanpercentile(values, [1, 99])
-        limits[name] = [-float(high) - 1e-3, float(high) + 1e-3] if name in ("second", "weakest") else [float(low), float(high)]
+        one_sided = name.startswith(("weak ", "second "))
+        limits[name] = [-float(high) - 1e-3, float(high) + 1e-3] if one_sided else [float(low), float(high)]
     return limits
 
 

@@ -154,7 +154,7 @@ def parse_scorer(text: str) -> tuple[str, ScorerSpec]:
     Raises:
         ValueError: not of that form, a kind or an option that there is not.
     """
-    options = {f.name for f in fields(ScorerSpec)} - {"path"}
+    options = {f.name for f in fields(ScorerSpec)} - {"path", "of"}
     name, equals, rest = text.partition("=")
     path, *more = re.split(r",(?=\w+=)", rest)
     if not equals or not path or not re.fullmatch(r"[\w.-]+", name):
@@ -164,8 +164,9 @@ def parse_scorer(text: str) -> tuple[str, ScorerSpec]:
         raise ValueError(f"--scorers {name}: no option {unknown[0]}; known: {', '.join(sorted(options))}")
     kinds = typing.get_args(ScorerKind)
     kind = values.setdefault("kind", name)
-    if kind not in kinds or kind == "reader":
+    kinds = tuple(k for k in kinds if k not in ("reader", "sum"))
+    if kind not in kinds:
         near = difflib.get_close_matches(kind, kinds, 1)
-        hint = f"did you mean {near[0]}?" if near else f"{name}=...,kind=KIND with one of {', '.join(k for k in kinds if k != 'reader')}"
+        hint = f"did you mean {near[0]}?" if near else f"{name}=...,kind=KIND with one of {', '.join(kinds)}"
         raise ValueError(f"--scorers {name}: no kind of scorer {kind!r}; {hint}")
     return name, ScorerSpec(path=path, **typing.cast("dict[str, typing.Any]", values))

@@ -113,7 +113,7 @@ def load_model(recipe: Recipe, source: str = "") -> Pipeline:
 
 
 def load_scorer(name: str, spec: ScorerSpec) -> Scorer:
-    """A scorer that a recipe names."""
+    """A scorer that a recipe names, but for sums of others."""
     from limner.scorers import backends, blip, clip, dual, hpsv3, judge
 
     if spec.kind == "judge":
@@ -121,6 +121,11 @@ def load_scorer(name: str, spec: ScorerSpec) -> Scorer:
     path = resolve(spec.path, name)
     if spec.kind == "dual":
         return dual.load_scorer(path, name)
+    if spec.kind == "attributes":
+        from limner.figures.seen import AttributeScorer
+        from limner.scorers.reader import load_reader
+
+        return AttributeScorer(name, load_reader(path))
     tower, tokenizer = (resolve(p, name) if p else None for p in (spec.tower, spec.tokenizer))
     if spec.kind in blip.REWARDS:
         return blip.load_scorer(path, name, spec.kind, tokenizer=tokenizer)
@@ -132,11 +137,15 @@ def load_scorer(name: str, spec: ScorerSpec) -> Scorer:
 def load_scorers(specs: Mapping[str, ScorerSpec], device: str = "cpu") -> dict[str, Scorer]:
     """Scorers by name on a device; those of one CLIP's weights share them."""
     from limner.scorers.clip import share_towers
+    from limner.scorers.combine import SumScorer
 
-    found = {name: load_scorer(name, spec) for name, spec in specs.items()}
+    found = {name: load_scorer(name, spec) for name, spec in specs.items() if spec.kind != "sum"}
     share_towers(list(found.values()))
     to_device(list(found.values()), device)
-    return found
+    sums = {
+        name: SumScorer(name, [found[n] for n in spec.of], list(spec.of.values())) for name, spec in specs.items() if spec.kind == "sum"
+    }
+    return {name: (found | sums)[name] for name in specs}
 
 
 def to_device(movable: Sequence[object], device: str) -> None:
