@@ -20,10 +20,10 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusio
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the tokenizer
 
-from limner.config import Sampler
 from limner.figures.base import TRAINING_SCHEDULE, new_text_encoder, new_unet
 from limner.models.stable_diffusion import wrap
 from limner.pool.sample import Request, make_scheduler, sample
+from limner.recipe import Sampler
 from limner.records import Prompt
 from tiny import tiny_tokenizer
 

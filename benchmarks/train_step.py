@@ -32,7 +32,7 @@ TOLERANCE = 1e-5
 
 def learn(steps: int):
     """The stage's options, for both."""
-    from limner.config import Learn
+    from limner.recipe import Learn
 
     return Learn(
         loss="dpo", beta=BETA, statistics_weight=LAMBDA, rank=RANK, learning_rate=RATE, max_train_steps=steps, train_batch_size=PAIRS,

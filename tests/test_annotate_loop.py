@@ -13,10 +13,10 @@ pytest.importorskip("sqlmodel", reason="needs the extra `annotate`")
 import study as s
 from chain import write_recipe
 from limner.cli import main
-from limner.config import load_recipe
 from limner.feedback import answers, exports, payloads, server
 from limner.feedback.preferences import preferences
 from limner.feedback.study import load_study
+from limner.recipe import load_recipe
 from limner.records import Choice, Example, Image, Score
 from limner.store import read_rows
 

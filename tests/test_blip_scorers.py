@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import plain_blip as plain
-from limner.config import ScorerSpec
 from limner.images import to_tensor
+from limner.recipe import ScorerSpec
 from limner.scorers import blip
 from limner.scorers.steps import answers
 from limner.scorers.weights import tensors_of

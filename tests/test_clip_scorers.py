@@ -14,8 +14,8 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
 import plain_clip as plain
-from limner.config import ScorerSpec
 from limner.images import to_tensor
+from limner.recipe import ScorerSpec
 from limner.scorers import clip, convert, tower
 from limner.scorers.weights import tensors_of
 from limner.steps.run import load_scorer

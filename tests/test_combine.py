@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from limner.config import ScorerSpec
+from limner.recipe import ScorerSpec
 from limner.scorers.combine import SumScorer, combine, dominates, normalise, pareto
 from limner.steps.run import load_scorers
 

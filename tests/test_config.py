@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from limner import config
+from limner import recipe as recipes
 from limner.cli import main, split_overrides
-from limner.config import Recipe, dump, load_recipe
+from limner.config import dump
+from limner.recipe import Recipe, load_recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 RUNS = [p for p in RECIPES if not re.search(r"limner (figures|scorer|annotate)", p.read_text().splitlines()[0])]
-CLASSES = [c for c in vars(config).values() if isinstance(c, type) and is_dataclass(c)]
+CLASSES = [c for c in vars(recipes).values() if isinstance(c, type) and is_dataclass(c)]
 
 SMALL = {
     "output_dir": "out",

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from limner.config import Source, Stage
 from limner.examples.curriculum import Candidates, build_stage, make_examples, pick, selectable
+from limner.recipe import Source, Stage
 from limner.records import Example, Image, Prompt, Score, to_table
 from limner.store import input_hash, is_complete, open_step, read_manifest, read_rows
 

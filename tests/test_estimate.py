@@ -8,8 +8,8 @@ import pytest
 
 from chain import write_recipe
 from limner.cli import main
-from limner.config import load_recipe
 from limner.estimate import Counts, Line, duration, plan
+from limner.recipe import load_recipe
 from limner.steps import Run
 
 

@@ -12,12 +12,12 @@ from PIL import Image
 
 pytest.importorskip("anny", reason="the renderer needs the extra `figures`")
 
-from limner.config import Sampler
 from limner.figures import captions, defects, lessons, make, scene
 from limner.figures.body import JOINTS, PARTS, build_meshes
 from limner.figures.render import camera, cast, turn
 from limner.figures.teach import reword, to_input, train_reader
 from limner.models.stable_diffusion import wrap
+from limner.recipe import Sampler
 from limner.scorers.reader import peaks
 from tiny import tiny_pipeline
 

@@ -14,7 +14,6 @@ import torch
 pytest.importorskip("anny")
 
 from limner.cli import main
-from limner.config import Sampler
 from limner.feedback.simulate import Truth
 from limner.figures import assets, hps, seen
 from limner.figures.body import JOINTS
@@ -22,6 +21,7 @@ from limner.figures.candidates import REAL, UNSEEN, Hps, observer, painter, read
 from limner.figures.choosers import ceilings, choose, fit_linear
 from limner.figures.make import png
 from limner.images import encode_png
+from limner.recipe import Sampler
 from limner.scorers.agreement import Judged, accuracy_difference
 from limner.scorers.choices import Choices
 from limner.scorers.reader import FigureReader, Reader, measure_names, save_reader

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig
 
 import plain_qwen as plain
-from limner.config import ScorerSpec
 from limner.images import to_tensor
+from limner.recipe import ScorerSpec
 from limner.scorers import hpsv3
 from limner.scorers.weights import tensors_of
 from limner.steps.run import load_scorer

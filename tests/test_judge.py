@@ -14,7 +14,7 @@ from PIL import Image
 
 from endpoint import Server, images_of, picture, prompt_of, said
 from limner.cli import main
-from limner.config import ScorerSpec
+from limner.recipe import ScorerSpec
 from limner.records import Score
 from limner.scorers import backends, judge
 from limner.scorers.backends import Answer, HttpBackend, Journal, Question, ask_all

@@ -13,8 +13,8 @@ import pytest
 
 from endpoint import Server, images_of, picture, prompt_of, said
 from limner.cli import main
-from limner.config import Source
 from limner.examples.curriculum import load_candidates, pick
+from limner.recipe import Source
 from limner.records import Choice, Image, Prompt, to_table
 from limner.scorers.backends import HttpBackend
 from limner.scorers.judge import png

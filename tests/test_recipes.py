@@ -8,7 +8,7 @@ import pytest
 
 from chain import clip_scorer, photo_folder
 from limner.cli import main
-from limner.config import load_recipe
+from limner.recipe import load_recipe
 from limner.records import Example
 from limner.store import read_rows
 from tiny import save_tiny

@@ -8,9 +8,9 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from limner import seeds
-from limner.config import Sampler
 from limner.models.stable_diffusion import Pipeline, wrap
 from limner.pool.sample import Request, denoise, make_scheduler, reconstruct, sample
+from limner.recipe import Sampler
 from limner.records import Prompt
 from tiny import tiny_pipeline
 

@@ -16,9 +16,9 @@ from PIL import Image as Picture
 
 from chain import clip_scorer, photo_folder
 from limner.cli import main
-from limner.config import ScorerSpec
 from limner.images import decode, to_tensor
 from limner.inputs import iter_images
+from limner.recipe import ScorerSpec
 from limner.records import Image, Score
 from limner.scorers import clip, files, steps
 from limner.steps.direct import parse_scorer

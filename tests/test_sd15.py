@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from limner.config import Learn, Sampler
 from limner.images import encode_png
 from limner.models.stable_diffusion import wrap
 from limner.pool.sample import Request, reconstruct, sample
+from limner.recipe import Learn, Sampler
 from limner.records import Example, Prompt
 from limner.training.stage import peak_memory, prepare, train_stage
 from sd15 import sd15_pipeline

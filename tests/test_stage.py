@@ -14,10 +14,10 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from limner import checkpoint, loop
-from limner.config import Learn
 from limner.images import encode_png
 from limner.models.lora import adapter_as, adapter_off, add_lora, copy_adapter, load_adapter_state, remove_adapters
 from limner.models.stable_diffusion import Pipeline, wrap
+from limner.recipe import Learn
 from limner.records import Example
 from limner.training import losses
 from limner.training.errors import measure

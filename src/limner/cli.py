@@ -108,8 +108,9 @@ def direct(words: Sequence[str]) -> int:
 
 
 def dispatch(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from limner.config import dump, load_recipe
+    from limner.config import dump
     from limner.engine import parse_part
+    from limner.recipe import load_recipe
 
     if args.command == "env":
         return print_environment()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from limner.config import Learn, Recipe
+from limner.recipe import Learn, Recipe
 from limner.store import is_complete
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from limner.config import ScorerSpec
 from limner.evaluation.sets import find_features, judge_sets
+from limner.recipe import ScorerSpec
 from limner.records import Choice, Image
 from limner.scorers.agreement import accuracy, by_generator, calibration, choose_tie_margin, fit_temperature, judge, top_choice
 from limner.scorers.choices import Choices, generators_of

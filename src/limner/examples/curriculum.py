@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from limner.config import Source, Stage
 from limner.engine import Progress, run_shards
+from limner.recipe import Source, Stage
 from limner.records import Example, Image, Prompt, Score, to_table
 from limner.scorers.combine import dominates
 from limner.scorers.steps import FEEDBACK  # also the name of the source: what raters or a judge saw

@@ -18,13 +18,14 @@ from PIL import Image
 from torch import Tensor
 
 from limner import seeds
-from limner.config import Sampler, to_dict
+from limner.config import to_dict
 from limner.engine import Progress, run_shards
 from limner.feedback.simulate import Truth
 from limner.figures.latent import qualities
 from limner.figures.seen import blurs
 from limner.figures.truths import decode_array
 from limner.images import encode_png, to_uint8
+from limner.recipe import Sampler
 from limner.records import Prompt
 from limner.scorers.objective import NewDual, TrainScorer
 from limner.store import is_complete, open_step, read_table, shards

@@ -24,10 +24,11 @@ import yaml
 from torch import Tensor
 
 from limner import seeds
-from limner.config import ScorerSpec, build, to_dict
+from limner.config import build, to_dict
 from limner.figures import fitting
 from limner.figures.candidates import REAL, Hps, Row, make_images, observer, painter, pixels, read_candidates, world_rows
 from limner.figures.choosers import choose
+from limner.recipe import ScorerSpec
 from limner.records import Choice
 from limner.scorers.exchange import write_choices
 from limner.store import input_hash, is_complete, open_step

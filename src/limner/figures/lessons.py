@@ -20,11 +20,11 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from limner import seeds
-from limner.config import Sampler
 from limner.figures.body import JOINTS
 from limner.figures.scene import ATTRIBUTES
 from limner.models.stable_diffusion import Pipeline
 from limner.pool.sample import denoise
+from limner.recipe import Sampler
 
 RECONSTRUCTED = (0, 100, 200, 400)  # timesteps, by batch: 0 = the autoencoder alone; small enough that what was sound stays sound
 _OUTER = {  # joints of a limb below its root

@@ -20,7 +20,6 @@ from PIL import Image
 from torch import Tensor
 
 from limner import statistics
-from limner.config import Sampler
 from limner.figures.assets import DATA, find
 from limner.figures.lessons import Lessons, add_paths, attribute_indices, degrade
 from limner.figures.scene import ATTRIBUTES
@@ -29,6 +28,7 @@ from limner.images import decode_batch, grid
 from limner.inputs import read_prompts
 from limner.models.stable_diffusion import Pipeline
 from limner.pool.sample import Request, sample
+from limner.recipe import Sampler
 from limner.records import Prompt
 from limner.scorers.dual import DualScorer
 from limner.scorers.reader import FigureReader

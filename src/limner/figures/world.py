@@ -22,11 +22,12 @@ import pyarrow.parquet as pq
 import yaml
 from PIL import Image
 
-from limner.config import Sampler, build, to_dict
+from limner.config import build, to_dict
 from limner.engine import Progress, run_shards, spans
 from limner.figures.assets import DATA, SPLITS
 from limner.figures.fitting import save_whole
 from limner.figures.make import draw, row
+from limner.recipe import Sampler
 from limner.store import is_complete, open_step, shards
 
 if TYPE_CHECKING:

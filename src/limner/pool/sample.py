@@ -14,9 +14,9 @@ from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from limner import seeds
-from limner.config import Sampler
 from limner.images import encode_png
 from limner.models.stable_diffusion import Pipeline
+from limner.recipe import Sampler
 from limner.records import Image, Prompt
 
 Hook = Callable[[int, Tensor, Tensor], Tensor]

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from limner import seeds
-from limner.config import Data, Sampler
 from limner.engine import Progress, run_shards, spans
 from limner.images import bucket_sizes, choose_bucket, decode, encode_png, fit_to, image_size, to_tensor
 from limner.models.stable_diffusion import Pipeline
 from limner.pool import sample
+from limner.recipe import Data, Sampler
 from limner.records import Image, Prompt, to_table
 from limner.store import Rows, input_hash, open_step, read_manifest, read_rows
 

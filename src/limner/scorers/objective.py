@@ -13,8 +13,8 @@ from PIL import ImageOps
 from torch import Tensor, nn
 
 from limner import seeds
-from limner.config import ScorerSpec
 from limner.loop import Metrics
+from limner.recipe import ScorerSpec
 from limner.records import Choice
 from limner.scorers import losses
 from limner.scorers.choices import Choices, pairs, prompt_weights, shares

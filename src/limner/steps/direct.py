@@ -11,8 +11,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from limner.config import ScorerKind, ScorerSpec
 from limner.engine import parse_part
+from limner.recipe import ScorerKind, ScorerSpec
 from limner.steps import run
 
 if TYPE_CHECKING:

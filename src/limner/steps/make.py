@@ -10,7 +10,7 @@ from limner.steps.run import Run, resolve
 from limner.store import is_complete, open_step, read_manifest
 
 if TYPE_CHECKING:
-    from limner.config import Recipe
+    from limner.recipe import Recipe
     from limner.records import Image
 
 

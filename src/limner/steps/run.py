@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from limner.config import Recipe, ScorerSpec, Stage
+from limner.recipe import Recipe, ScorerSpec, Stage
 
 if TYPE_CHECKING:
     from limner.models.stable_diffusion import Pipeline

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from limner import checkpoint, seeds
-from limner.config import Learn
 from limner.images import decode_batch, image_size
 from limner.loop import Every, Metrics, Optimisation, fit, schedule
 from limner.models.lora import adapter_as, adapter_off, adapter_state, add_lora, copy_adapter, load_adapter_state
 from limner.models.stable_diffusion import Pipeline
+from limner.recipe import Learn
 from limner.records import Example
 from limner.store import write_atomic
 from limner.training import losses

@@ -1,0 +1,420 @@
+"""A recipe: what a run is made of, as frozen dataclasses, and what about it cannot be.
+
+Option names follow diffusers' and peft's training scripts. `limner run RECIPE --print_config` shows every value.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from limner.config import build
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The pipeline to improve.
+
+    Args:
+        path: a diffusers folder, a single-file checkpoint (.safetensors, .ckpt), or `figures` for the embedded one.
+        config: for a single-file checkpoint: a diffusers pipeline folder of the same architecture whose configs and tokenizer are used
+            ("" = the folder beside the file, called like it without suffix).
+        hub: fetch `path` from the model hub as an id.
+        mixed_precision: no, bf16 or fp16. Errors are reduced in float32 whatever it is.
+        device: auto, cpu, cuda, mps ...
+        channels_last: memory format of the UNet; faster on most machines.
+    """
+
+    path: str = "figures"
+    config: str = ""
+    hub: bool = False
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    device: str = "auto"
+    channels_last: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Prompts and real images, by split.
+
+    Args:
+        train: captions (and, for reconstruction, their real images): .txt, .csv, .tsv, .jsonl, .parquet, an image folder with
+            metadata.jsonl, a WebDataset .tar, or `figures`.
+        validation: the same; what choices are made on.
+        test: the same; read by `evaluate` only.
+        max_train_prompts: use the first so many (0 = all).
+        max_validation_prompts: use the first so many (0 = all).
+        max_test_prompts: use the first so many (0 = all).
+        caption_column: its name in tables and metadata ("" = text, caption or prompt, whichever there is).
+        image_column: its name in tables ("" = image or file_name).
+        resolution: pixels of the shorter side (or of the bucket's square root area).
+        crop: center, random or none (none only with images of one size).
+        aspect_buckets: widths over heights that images are sorted into, e.g. [0.69, 1.0]; empty = square.
+    """
+
+    train: str = "figures"
+    validation: str = "figures"
+    test: str = "figures"
+    max_train_prompts: int = 0
+    max_validation_prompts: int = 0
+    max_test_prompts: int = 0
+    caption_column: str = ""
+    image_column: str = ""
+    resolution: int = 64
+    crop: Literal["center", "random", "none"] = "center"
+    aspect_buckets: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """DPM-Solver++ multistep with classifier-free guidance.
+
+    Args:
+        num_inference_steps: network steps an image.
+        guidance_scale: 1 = no guidance.
+        negative_prompt: text of the unconditional branch.
+        batch_size: images a batch; filled across prompts.
+    """
+
+    num_inference_steps: int = 25
+    guidance_scale: float = 5.0
+    negative_prompt: str = ""
+    batch_size: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Images of the training prompts to choose from.
+
+    Args:
+        images_per_prompt: N, at least 2 (HG-DPO: 20).
+        prompts_per_shard: how often work is saved.
+        keep_latents: of which images: selected (those that a stage may pick), all, or none.
+    """
+
+    images_per_prompt: int = 20
+    prompts_per_shard: int = 32
+    keep_latents: Literal["selected", "all", "none"] = "selected"
+
+
+ScorerKind = Literal[
+    "clip", "dual", "reader", "clip_cosine", "clip_score", "clip_score_w", "hps_v1", "hps_v2", "hps_v2_1", "pickscore", "aesthetic_v1",
+    "aesthetic_v2", "clip_iqa_quality", "clip_iqa_sharpness", "image_reward", "cycle_reward", "hps_v3", "judge", "attributes", "sum",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerSpec:
+    """Where a scorer's weights lie.
+
+    Args:
+        kind: clip (a transformers CLIPModel folder), dual (a `limner scorer` folder), reader, or a published score: clip_cosine, clip_score
+            (100 · cosine, at least 0), clip_score_w (2.5 · cosine, at least 0), hps_v1, hps_v2, hps_v2_1, pickscore, aesthetic_v1,
+            aesthetic_v2, clip_iqa_quality, clip_iqa_sharpness, image_reward, cycle_reward, hps_v3; or judge (a vision-language
+            model); attributes (how likely a figure shows what its caption claims, by the reader in `path`); or sum (of other scorers).
+        path: a folder, or figures/<name> for an embedded one; of a published score the file or CLIPModel folder of its weights.
+        tower: of the aesthetic scores: OpenAI's CLIP ViT-L/14, a folder or file, under the head in `path`; of hps_v3: the folder of
+            Qwen2-VL-7B-Instruct.
+        tokenizer: folder of the tokenizer of a single file ("" = beside it).
+        activation: of a single file for clip_cosine or clip_score: quick_gelu if its weights descend from OpenAI's, gelu if from LAION's.
+        model: of a judge whose `path` is the address of an endpoint (http://...): as that calls it.
+        template: of a judge: pointwise (1 to 5) or yes (probability that the image shows the prompt).
+        of: of a sum: names of other scorers to weights. Scores are added as they are, so their scales matter.
+    """
+
+    kind: ScorerKind = "clip"
+    path: str = ""
+    tower: str = ""
+    tokenizer: str = ""
+    activation: Literal["", "quick_gelu", "gelu"] = ""
+    model: str = ""
+    template: Literal["pointwise", "yes"] = "pointwise"
+    of: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Which images take a role.
+
+    Args:
+        source: pool, reconstruction, real, feedback (what raters preferred, see `feedback` of the recipe), or the name of an earlier
+            stage. Written `from` in YAML.
+        pick: best or worst by score; all.
+        by: a scorer's name under `scorers`.
+        t: re-noising timesteps of reconstructions to choose from.
+        role: of an earlier stage: its winner or its loser.
+    """
+
+    source: str = "pool"
+    pick: Literal["best", "worst", "all"] = "best"
+    by: str = ""
+    t: list[int] = field(default_factory=list)
+    role: Literal["", "winner", "loser"] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learn:
+    """How a stage learns.
+
+    Args:
+        loss: dpo (Diffusion-DPO) or sft (denoising error of the winner).
+        beta: of DPO, per mean squared error, with the factor 1/2 of the original code.
+        statistics_weight: of HG-DPO's statistics-matching term (eq. 4); 0 = off.
+        sft_weight: adds the winner's denoising error.
+        loser_weight: multiplies the loser's gradient; `safeguard` picks it a sample.
+        safeguard: mu of Diffusion-SDPO's loser safeguard; 0 = off.
+        reference: base (adapter off) or start (the adapter of the stage before).
+        rank: of the LoRA.
+        lora_alpha: 0 = rank.
+        adapter: continue: the LoRA of the starting stage is trained on.
+        blocks: which UNet blocks get the LoRA: all, up, down, mid.
+        learning_rate: of AdamW, the largest of the schedule.
+        lr_scheduler: constant, or cosine to zero at the last step.
+        lr_warmup_steps: steps over which the rate rises to learning_rate.
+        adam_beta1: decay of AdamW's first moment.
+        adam_beta2: decay of its second moment.
+        adam_weight_decay: decoupled decay of the adapter's weights.
+        use_8bit_adam: optimiser state in 8 bits (needs bitsandbytes).
+        max_grad_norm: gradients are clipped to this norm; 0 = not.
+        max_train_steps: optimiser steps.
+        train_batch_size: pairs a micro-batch and process.
+        gradient_accumulation_steps: micro-batches a step.
+        gradient_checkpointing: less memory, about a third more time, the same gradients.
+        caption_dropout: share of captions replaced by the empty text (for guidance).
+        min_timestep: smallest noise level drawn.
+        max_timestep: largest, not included.
+        checkpointing_steps: how often the state is saved; it always is after the last step.
+        checkpoints_total_limit: how many are kept.
+        sample_steps: how often a grid of samples is drawn (0 = never).
+    """
+
+    loss: Literal["dpo", "sft"] = "dpo"
+    beta: float = 2500.0
+    statistics_weight: float = 0.0
+    sft_weight: float = 0.0
+    loser_weight: float = 1.0
+    safeguard: float = 0.0
+    reference: Literal["base", "start"] = "base"
+    rank: int = 8
+    lora_alpha: int = 0
+    adapter: Literal["continue"] = "continue"
+    blocks: list[str] = field(default_factory=lambda: ["all"])
+    learning_rate: float = 1e-5
+    lr_scheduler: Literal["constant", "cosine"] = "constant"
+    lr_warmup_steps: int = 0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 1e-2
+    use_8bit_adam: bool = False
+    max_grad_norm: float = 1.0
+    max_train_steps: int = 1000
+    train_batch_size: int = 4
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    caption_dropout: float = 0.0
+    min_timestep: int = 0
+    max_timestep: int = 1000
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int = 2
+    sample_steps: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of a curriculum: which image wins, which loses, what is kept, how to learn, from where to start.
+
+    Args:
+        start: the stage whose weights to start from ("" = the base model).
+        winner: where the better image comes from (for loss sft: the only one).
+        loser: where the worse one comes from; none for loss sft.
+        keep: winner_not_worse drops pairs whose winner scores below the loser (HG-DPO eq. 8).
+        wins_on: scorers: drops pairs whose winner is not at least as good on all of them and better on one (Pareto dominance).
+        learn: loss, strength, optimiser, adapter.
+    """
+
+    start: str = ""
+    winner: Source = field(default_factory=Source)
+    loser: Source | None = None
+    keep: Literal["all", "winner_not_worse"] = "all"
+    wins_on: list[str] = field(default_factory=list)
+    learn: Learn = field(default_factory=Learn)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """How finished stages are used.
+
+    Args:
+        lora_scale: strength of the adapter (HG-DPO: 0.5).
+        blocks: where the adapter acts: all, up, down, mid (HG-DPO: up for the hard stage).
+        stage_blocks: the same for single stages, e.g. {hard: [up]}.
+        stage_lora_scale: lora_scale of single stages, e.g. {hard: 0.5}.
+    """
+
+    lora_scale: float = 1.0
+    blocks: list[str] = field(default_factory=lambda: ["all"])
+    stage_blocks: dict[str, list[str]] = field(default_factory=dict)
+    stage_lora_scale: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """What is measured.
+
+    Args:
+        preference: the scorer that selected examples (circular).
+        judge: a scorer that selected nothing.
+        reader: the reader of figures ("" = no ground truth for attributes, joints and defects).
+        split: test for a final result, validation for every choice.
+        diversity_prompts: prompts with 4 seeds each for diversity (0 = off).
+        stages: which to compare (empty = all).
+        num_examples: images that improved and worsened most, to show.
+    """
+
+    preference: str = ""
+    judge: str = ""
+    reader: str = ""
+    split: Literal["test", "validation"] = "test"
+    diversity_prompts: int = 64
+    stages: list[str] = field(default_factory=list)
+    num_examples: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run.
+
+    Args:
+        name: of the run, for reports.
+        output_dir: every step writes a folder below it.
+        feedback: output_dir of a consolidated study (`limner annotate consolidate`), for stages `from: feedback`.
+        seed: all randomness follows from it.
+        model: the pipeline to improve.
+        data: prompts and real images.
+        sampler: how images are made.
+        pool: how many images to choose from.
+        scorers: by the name that stages and evaluation use.
+        stages: the curriculum, in order.
+        generate: how finished stages are used.
+        evaluate: what is measured.
+    """
+
+    name: str = ""
+    output_dir: str = ""
+    feedback: str = ""
+    seed: int = 0
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    sampler: Sampler = field(default_factory=Sampler)
+    pool: Pool = field(default_factory=Pool)
+    scorers: dict[str, ScorerSpec] = field(default_factory=dict)
+    stages: dict[str, Stage] = field(default_factory=dict)
+    generate: Generate = field(default_factory=Generate)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply overrides such as `--stages.easy.learn.beta 500`.
+
+    Raises:
+        ValueError: no such file, not YAML, an unknown key (with its dotted path and a near match), a value of the wrong type.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except FileNotFoundError:
+        raise ValueError(f"no recipe {path}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; expected keys and values, such as `output_dir: runs/mine`")
+    recipe = build(Recipe, values, overrides, str(path))
+    check(recipe)
+    return recipe
+
+
+SOURCES = ("pool", "reconstruction", "real", "feedback")  # of a winner or loser; further ones are earlier stages
+
+
+def check(recipe: Recipe) -> None:
+    """What types cannot say.
+
+    Raises:
+        ValueError: with the dotted path of the field and what was expected.
+    """
+    if recipe.pool.images_per_prompt < 2:
+        raise ValueError(f"pool.images_per_prompt: {recipe.pool.images_per_prompt}; a pair needs at least 2")
+    if not recipe.output_dir:
+        raise ValueError("output_dir: not set; every step writes below it, e.g. --output_dir runs/mine")
+    for name, spec in recipe.scorers.items():
+        if (spec.kind == "sum") != bool(spec.of):
+            raise ValueError(f"scorers.{name}.of: goes with kind sum, e.g. {{kind: sum, of: {{preference: 1.0, attributes: 2.0}}}}")
+        if unknown := [n for n in spec.of if n not in recipe.scorers or recipe.scorers[n].kind in ("sum", "reader")]:
+            raise ValueError(f"scorers.{name}.of: {unknown[0]!r} is no scorer that can be added; there are {', '.join(recipe.scorers)}")
+    earlier: list[str] = []
+    for name, stage in recipe.stages.items():
+        at = f"stages.{name}"
+        if name in SOURCES:
+            raise ValueError(f"{at}: the name {name!r} is that of a source of images; call the stage otherwise")
+        if stage.start and stage.start not in earlier:
+            raise ValueError(f"{at}.start: {stage.start!r} is not an earlier stage ({', '.join(earlier) or 'there is none'})")
+        _check_learn(f"{at}.learn", stage, recipe)
+        if stage.learn.loss == "dpo" and stage.loser is None:
+            raise ValueError(f"{at}.loser: not set; loss dpo compares a winner with a loser")
+        if stage.learn.reference == "start" and not stage.start:
+            raise ValueError(f"{at}.learn.reference: start needs {at}.start")
+        for role, source in (("winner", stage.winner), ("loser", stage.loser)):
+            if source is not None:
+                _check_source(f"{at}.{role}", source, recipe, earlier)
+        if stage.keep == "winner_not_worse" and not any(s.by for s in (stage.winner, stage.loser) if s):
+            raise ValueError(f"{at}.keep: winner_not_worse needs a scorer: set {at}.winner.by")
+        for scorer in stage.wins_on:
+            if scorer not in recipe.scorers:
+                raise ValueError(f"{at}.wins_on: no scorer {scorer!r} under scorers ({', '.join(recipe.scorers) or 'none'})")
+        earlier.append(name)
+    for key in ("preference", "judge", "reader"):
+        if (scorer := getattr(recipe.evaluate, key)) and scorer not in recipe.scorers:
+            raise ValueError(f"evaluate.{key}: no scorer {scorer!r} under scorers ({', '.join(recipe.scorers) or 'none'})")
+
+
+def _check_learn(at: str, stage: Stage, recipe: Recipe) -> None:
+    learn = stage.learn
+    if not 0 <= learn.min_timestep < learn.max_timestep <= 1000:
+        raise ValueError(f"{at}.min_timestep, max_timestep: {learn.min_timestep}, {learn.max_timestep} lie outside the schedule 0..1000")
+    if learn.statistics_weight and learn.reference != "base":
+        raise ValueError(f"{at}.statistics_weight: the term compares with the base model (HG-DPO eq. 4); set {at}.reference: base, or 0")
+    if learn.loss == "sft":
+        ignored = [k for k in ("statistics_weight", "sft_weight", "safeguard") if getattr(learn, k)]
+        if ignored or learn.loser_weight != 1.0:
+            warnings.warn(f"{at}: {', '.join(ignored or ['loser_weight'])} ignored: loss sft has no loser", stacklevel=2)
+    for key in ("rank", "lora_alpha", "blocks") if stage.start else ():
+        mine, before = getattr(learn, key), getattr(recipe.stages[stage.start].learn, key)
+        if mine != before:
+            raise ValueError(f"{at}.{key}: {mine}, but stage {stage.start} has {before}; adapter continue trains the same LoRA on")
+
+
+def _check_source(at: str, source: Source, recipe: Recipe, earlier: list[str]) -> None:
+    if source.source not in (*SOURCES, *earlier):
+        stages = ", ".join(earlier) or "none"
+        raise ValueError(f"{at}.from: {source.source!r}; expected pool, reconstruction, real, feedback or an earlier stage ({stages})")
+    if source.source == "reconstruction":
+        if not source.t:
+            raise ValueError(f"{at}.t: empty; name the timesteps to reconstruct from, e.g. [400, 500, 600, 700]")
+        for t in source.t:
+            if not 0 < t <= 1000:
+                raise ValueError(f"{at}.t: {t} lies outside the schedule 1..1000")
+    if source.source in earlier and not source.role:
+        raise ValueError(f"{at}.role: winner or loser of stage {source.source!r}?")
+    if source.source == "feedback" and not recipe.feedback:
+        raise ValueError(f"{at}.from: feedback of which study? Set feedback: to its output_dir")
+    if source.source == "feedback" and source.by:
+        raise ValueError(f"{at}.by: {source.by}; what raters preferred is the score of from: feedback")
+    scored = source.source in ("pool", "reconstruction") and not (source.source == "reconstruction" and len(source.t) == 1)
+    if scored and not source.by:
+        raise ValueError(f"{at}.by: not set; which scorer picks the {source.pick}?")
+    if source.by and source.by not in recipe.scorers:
+        raise ValueError(f"{at}.by: no scorer {source.by!r} under scorers ({', '.join(recipe.scorers) or 'none'})")
