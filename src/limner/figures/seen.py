@@ -115,8 +115,8 @@ def see_images(images: Iterable[Image], path: Path) -> Iterator[tuple[str, Truth
 class AttributeScorer:
     """How likely a figure shows what its caption claims: the mean log-probability, over the claimed attributes, that a reader gives them.
 
-    What VQAScore (arXiv 2404.01291) asks a vision-language model, asked of a reader of figures. Attributes that it reads unsurely and
-    captions that claim none count as 0.
+    What VQAScore (arXiv 2404.01291) asks a vision-language model, asked of a reader of figures. What it reads unsurely counts less by
+    itself, being near even odds; captions that claim nothing score 0.
     """
 
     higher_is_better = True
@@ -134,10 +134,6 @@ class AttributeScorer:
         scores = []
         for i, text in enumerate(prompts):
             claims = parse(tokens(text)).attributes
-            said = [
-                out[n][i].log_softmax(0)[self.reader.model.attributes[n].index(v)].clamp(min=self.range[0])
-                for n, v in claims.items()
-                if self.reader.sure.get(n, 1.0) >= SURE
-            ]
+            said = [out[n][i].log_softmax(0)[self.reader.model.attributes[n].index(v)].clamp(min=self.range[0]) for n, v in claims.items()]
             scores.append(torch.stack(said).mean() if said else torch.zeros(()))
         return torch.stack(scores)

@@ -269,7 +269,7 @@ def ship(world: World) -> None:
     pipe = DiffusionPipeline.from_pretrained(_folder(world, "base/pipeline")).to(torch.float16)
     shutil.rmtree(target / "base", ignore_errors=True)
     pipe.save_pretrained(target / "base")
-    for part in ("preference", "judge", "reader"):
+    for part in ("preference", "judge", "reader", "rater_reader"):
         shutil.rmtree(target / part, ignore_errors=True)
         shutil.copytree(_folder(world, f"{part}/model"), target / part)
     size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file()) / 2**20
