@@ -199,6 +199,34 @@ def test_an_admin_settles_and_the_raters_answers_are_kept(site) -> None:
     assert len(stored(database)) == 3
 
 
+def test_what_was_settled_still_counts_as_disagreement(site, tmp_path: Path) -> None:
+    """Of four items raters differ on two, by one and by four steps; the worse one is settled. All shares are over four items."""
+    study, database = site
+    a, b = (s.sign_in(s.client(study, database), study, database, n) for n in "ab")
+    items = []
+    for n, (one, other) in enumerate([(1, 5), (2, 3), (4, 4), (5, 5)]):
+        items.append(a.get("/api/task").json()["item"]["id"])
+        assert b.get("/api/task").json()["item"]["id"] == items[-1]
+        for rater, rating, id in ((a, one, f"settle-a-{n}"), (b, other, f"settle-b-{n}")):
+            assert s.answer(rater, s.rich(rating=rating), id, items[-1]).status_code == 200
+    before = exports.consolidate_study(study, database)
+    curve = progress.agreement_curve(answers.given(study, database, settled=False))["overall"][-1]
+    boss = s.sign_in(s.client(study, database), study, database, "boss", "admin")
+    assert s.answer(boss, s.rich(rating=2), "settled-by-boss", items[0]).status_code == 200
+    after = exports.consolidate_study(study, database)
+    assert after["agreement"] == before["agreement"] and after["agreement"]["overall"]["alpha"] == curve[1]
+    assert {k: v["value"] for k, v in after["agreement"]["overall"]["differences"].items()} == {
+        "0.0": 0.5, "0.25": 0.25, "0.5": 0, "0.75": 0, "1.0": 0.25,
+    }  # fmt: skip
+    assert (before["settled"], after["settled"], after["answers"]) == (0, 1, 4 * 2 * 3)
+    assert exports.read_consolidated(Path(study.output_dir) / "rich")[0].overall == 0.25, "what was settled decides"
+    for name in ("feedback.jsonl", "feedback.csv", "feedback.parquet"):
+        exports.write(study, database, tmp_path / name)
+        assert {(r.image_id, r.rater) for r in read_rows(tmp_path / name)} == {(f"i{n}", r) for n in range(4) for r in "ab"}
+    counted = {(r.image_id, r.rater) for r in read_rows(Path(study.output_dir) / "counted/part-00000.parquet")}
+    assert counted == {("i0", "boss"), *((f"i{n}", r) for n in (1, 2, 3) for r in "ab")}
+
+
 def test_pages_and_exports_of_admins(site, tmp_path: Path) -> None:
     study, database = site
     a, b = (s.sign_in(s.client(study, database), study, database, n) for n in "ab")

@@ -28,6 +28,8 @@ FORMATS = {
 def write(study: Study, database: Database, path: Path) -> dict[str, Any]:
     """Write the answers so far to a file; its name says how: one of `FORMATS`, or another with one of these endings.
 
+    What an admin settled decides the consolidated .tfrecord; in the others stands what each rater said of such an item as well as of any.
+
     Raises:
         ValueError: another ending, or a task that the format has no place for.
     """
@@ -35,7 +37,7 @@ def write(study: Study, database: Database, path: Path) -> dict[str, Any]:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in answers.history(database)]
         write_atomic(path, "".join(lines))
         return {"rows": len(lines)}
-    rows = answers.feedback(answers.given(study, database))
+    rows = answers.feedback(answers.given(study, database, settled=path.suffix == ".tfrecord"))
     if path.suffix in (".json", ".tfrecord") and study.task != "rich":
         raise ValueError(f"{path.name}: task {study.task} has no place in this format; take .jsonl, .csv or .parquet")
     if path.suffix == ".json":
@@ -69,26 +71,32 @@ def read(path: Path, study: Study, database: Database) -> tuple[list[Feedback], 
 
 
 def consolidate_study(study: Study, database: Database, ties_misaligned: bool = False) -> dict[str, Any]:
-    """Write what raters said together below output_dir: `feedback` (rows of each rater), `preferences` (images and scores, for stages
-    with `from: feedback`) and, for task rich, `rich` (maps, words, ratings), all as step folders made anew each time; and report.json with
-    agreement and, for side by side, levels, wins and a sign test.
+    """Write what raters said together below output_dir: `feedback` (rows of each rater), `counted` (the rows that count: of a settled item
+    the admin's alone), `preferences` (images and scores, for stages with `from: feedback`) and, for task rich, `rich` (maps, words,
+    ratings), all as step folders made anew each time; and report.json with agreement and, for side by side, levels, wins and a sign test.
+
+    Agreement is that of the raters, on settled items too: those are the ones they disagreed on, and leaving them out would raise it.
 
     Raises:
         ValueError: nobody has answered yet.
     """
-    out, rows = Path(study.output_dir), answers.feedback(answers.given(study, database))
+    out, counted = Path(study.output_dir), answers.given(study, database)
+    rows, said = answers.feedback(counted), answers.feedback(answers.given(study, database, settled=False))
     if not rows:
         raise ValueError(f"{study.name}: no answers to consolidate yet")
     made_of = {"study": identity(study), "ties_misaligned": ties_misaligned}
-    report: dict[str, Any] = {"task": study.task, "answers": len(rows), "agreement": _plain(agreement(rows, study.seed))}
+    report: dict[str, Any] = {
+        "task": study.task, "answers": len(said), "settled": sum(a.final for a in counted),
+        "agreement": _plain(agreement(said, study.seed)),
+    }  # fmt: skip
     if study.task != "rich":
-        alpha = krippendorff(answer_table(rows, study.task), "interval" if study.task == "side" else "nominal")
+        alpha = krippendorff(answer_table(said, study.task), "interval" if study.task == "side" else "nominal")
         report["agreement"][study.task] = {"alpha": _plain(alpha)}
-    tables = {"feedback": to_table(Feedback, rows)}
+    tables = {"feedback": to_table(Feedback, said), "counted": to_table(Feedback, rows)}
     if study.task == "rich":
-        found, said = consolidate(rows, answers.images(study, database), ties_misaligned=ties_misaligned)
+        found, more = consolidate(rows, answers.images(study, database), ties_misaligned=ties_misaligned)
         tables["rich"] = richhf.to_table(found)
-        report["consolidated"] = {k: v for k, v in said.items() if k != "raters"} | {"raters": len({r.rater for r in rows})}
+        report["consolidated"] = {k: v for k, v in more.items() if k != "raters"} | {"raters": len({r.rater for r in rows})}
     if study.task == "side":
         said_of, pairs = side_answers(rows)
         report["side"] = _plain(side_by_side(said_of, pairs))
