@@ -51,19 +51,24 @@ def write(study: Study, database: Database, path: Path) -> dict[str, Any]:
     return {"rows": len(rows)}
 
 
-def read(path: Path, study: Study, database: Database) -> tuple[list[Feedback], dict[str, Any]]:
+def read(path: Path, study: Study, database: Database, expected: int | None = None) -> tuple[list[Feedback], dict[str, Any]]:
     """Feedback rows of a file to import: .jsonl, .csv, .parquet, Label Studio's .json, or RichHF-18K's .tfrecord.
 
+    Args:
+        expected: records of a .tfrecord; only their number tells that one was cut between two of them.
+
     Raises:
-        ValueError: another ending or a damaged file.
+        ValueError: another ending or a damaged file, or another number of records.
     """
+    if expected is not None and path.suffix != ".tfrecord":
+        raise ValueError(f"--expected: {expected}; {path.name} is no .tfrecord, and of those only records are counted")
     if path.suffix == ".json":
         try:
             return exchange.from_label_studio(json.loads(path.read_text()))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: not JSON ({error})") from error
     if path.suffix == ".tfrecord":
-        rows, report = richhf.read(path)
+        rows, report = richhf.read(path, expected)
         prompts = {image.id: image.text for image in answers.images(study, database)}
         joined, more = richhf.join(rows, prompts)
         return [f for row in joined for f in richhf.to_feedback(row)], report | more
