@@ -200,6 +200,28 @@ def test_an_admin_settles_and_the_raters_answers_are_kept(site) -> None:
     assert len(stored(database)) == 3
 
 
+def test_raters_disagree_on_words_and_on_whether_anything_is_wrong(tmp_path: Path) -> None:
+    """Three raters, prompts of five words. Worst first: whether there is an artifact (one of three:
+    2/3), words 2 and 4 of some (2/5; word 1 of all is no disagreement), ratings one step apart (1/4), one word of one
+    rater (1/5), all alike."""
+    s.image_folder(tmp_path / "images", {f"i{n}": f"a red cat number {n}" for n in range(5)})
+    study = s.study_of(tmp_path, {"overlap": 3})
+    database = server.prepare(study)
+    said = [
+        [s.rich(), s.rich(), s.rich()],
+        [s.rich(), s.rich([], [3]), s.rich()],
+        [s.rich([], [1, 2]), s.rich([], [1, 4]), s.rich([], [1])],
+        [s.rich([[0.5, 0.5]]), s.rich(), s.rich()],
+        [s.rich(), s.rich(rating=4), s.rich()],
+    ]
+    for n in range(3):
+        rater = s.sign_in(s.client(study, database), study, database, f"r{n}")
+        for i, of_item in enumerate(said):
+            assert s.answer(rater, of_item[n], f"disagree-{n}-{i}").status_code == 200
+    found = progress.disagreements(answers.given(study, database))
+    assert [(row["text"][-1], round(row["much"], 3)) for row in found] == [("3", 0.667), ("2", 0.4), ("4", 0.25), ("1", 0.2), ("0", 0)]
+
+
 def test_what_was_settled_still_counts_as_disagreement(site, tmp_path: Path) -> None:
     """Of four items raters differ on two, by one and by four steps; the worse one is settled. All shares are over four items."""
     study, database = site
