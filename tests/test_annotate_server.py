@@ -14,11 +14,10 @@ from sqlalchemy import select
 
 import study as s
 from limner.cli import main
-from limner.feedback import accounts, answers, exports, fill, progress, richhf, server
+from limner.feedback import accounts, answers, exports, fill, progress, server
 from limner.feedback.database import Answer, Draft, Slot, open_database, reading, writing
 from limner.feedback.exchange import read_rows
 from limner.feedback.guard import Bucket, allow
-from limner.feedback.richhf import RichFeedback
 from limner.feedback.study import load_study
 
 TEXTS = {f"i{n}": f"a red cat number {n}" for n in range(4)}
@@ -200,56 +199,6 @@ def test_an_admin_settles_and_the_raters_answers_are_kept(site) -> None:
     assert len(stored(database)) == 3
 
 
-def test_raters_disagree_on_words_and_on_whether_anything_is_wrong(tmp_path: Path) -> None:
-    """Three raters, prompts of five words. Worst first: whether there is an artifact (one of three:
-    2/3), words 2 and 4 of some (2/5; word 1 of all is no disagreement), ratings one step apart (1/4), one word of one
-    rater (1/5), all alike."""
-    s.image_folder(tmp_path / "images", {f"i{n}": f"a red cat number {n}" for n in range(5)})
-    study = s.study_of(tmp_path, {"overlap": 3})
-    database = server.prepare(study)
-    said = [
-        [s.rich(), s.rich(), s.rich()],
-        [s.rich(), s.rich([], [3]), s.rich()],
-        [s.rich([], [1, 2]), s.rich([], [1, 4]), s.rich([], [1])],
-        [s.rich([[0.5, 0.5]]), s.rich(), s.rich()],
-        [s.rich(), s.rich(rating=4), s.rich()],
-    ]
-    for n in range(3):
-        rater = s.sign_in(s.client(study, database), study, database, f"r{n}")
-        for i, of_item in enumerate(said):
-            assert s.answer(rater, of_item[n], f"disagree-{n}-{i}").status_code == 200
-    found = progress.disagreements(answers.given(study, database))
-    assert [(row["text"][-1], round(row["much"], 3)) for row in found] == [("3", 0.667), ("2", 0.4), ("4", 0.25), ("1", 0.2), ("0", 0)]
-
-
-def test_what_was_settled_still_counts_as_disagreement(site, tmp_path: Path) -> None:
-    """Of four items raters differ on two, by one and by four steps; the worse one is settled. All shares are over four items."""
-    study, database = site
-    a, b = (s.sign_in(s.client(study, database), study, database, n) for n in "ab")
-    items = []
-    for n, (one, other) in enumerate([(1, 5), (2, 3), (4, 4), (5, 5)]):
-        items.append(a.get("/api/task").json()["item"]["id"])
-        assert b.get("/api/task").json()["item"]["id"] == items[-1]
-        for rater, rating, id in ((a, one, f"settle-a-{n}"), (b, other, f"settle-b-{n}")):
-            assert s.answer(rater, s.rich(rating=rating), id, items[-1]).status_code == 200
-    before = exports.consolidate_study(study, database)
-    curve = progress.agreement_curve(answers.given(study, database, settled=False))["overall"][-1]
-    boss = s.sign_in(s.client(study, database), study, database, "boss", "admin")
-    assert s.answer(boss, s.rich(rating=2), "settled-by-boss", items[0]).status_code == 200
-    after = exports.consolidate_study(study, database)
-    assert after["agreement"] == before["agreement"] and after["agreement"]["overall"]["alpha"] == curve[1]
-    assert {k: v["value"] for k, v in after["agreement"]["overall"]["differences"].items()} == {
-        "0.0": 0.5, "0.25": 0.25, "0.5": 0, "0.75": 0, "1.0": 0.25,
-    }  # fmt: skip
-    assert (before["settled"], after["settled"], after["answers"]) == (0, 1, 4 * 2 * 3)
-    assert exports.read_consolidated(Path(study.output_dir) / "rich")[0].overall == 0.25, "what was settled decides"
-    for name in ("feedback.jsonl", "feedback.csv", "feedback.parquet"):
-        exports.write(study, database, tmp_path / name)
-        assert {(r.image_id, r.rater) for r in read_rows(tmp_path / name)} == {(f"i{n}", r) for n in range(4) for r in "ab"}
-    counted = {(r.image_id, r.rater) for r in read_rows(Path(study.output_dir) / "counted/part-00000.parquet")}
-    assert counted == {("i0", "boss"), *((f"i{n}", r) for n in (1, 2, 3) for r in "ab")}
-
-
 def test_pages_and_exports_of_admins(site, tmp_path: Path) -> None:
     study, database = site
     a, b = (s.sign_in(s.client(study, database), study, database, n) for n in "ab")
@@ -410,25 +359,3 @@ def test_the_commands_for_files(site, tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["annotate", "export", config, "--file", str(tmp_path / "answers.txt")]) == 2
     assert "expected .jsonl, .csv or .parquet" in capsys.readouterr().err
     assert main(["annotate", "import", config]) == 2 and "--file: not set" in capsys.readouterr().err
-
-
-def test_an_import_counts_records_and_writes_its_whole_report(site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Sixty records of which 56 are of no image of the study; all ids are in the report, whose print has their number."""
-    rows = [RichFeedback(image_id=i, overall=0.25, labels=(1, 0, 1, 1, 1)) for i in [*TEXTS, *(f"other-{n:03d}" for n in range(56))]]
-    file, config = tmp_path / "rich.tfrecord", str(tmp_path / "study.yaml")
-    richhf.write(file, rows)
-    richhf.write(tmp_path / "shorter.tfrecord", rows[:-1])
-    cut = file.read_bytes()[: (tmp_path / "shorter.tfrecord").stat().st_size]
-    assert cut == (tmp_path / "shorter.tfrecord").read_bytes(), "cut between two records"
-    (tmp_path / "cut.tfrecord").write_bytes(cut)
-    command = ["annotate", "import", config, "--file"]
-    assert main([*command, str(tmp_path / "cut.tfrecord"), "--expected", "60"]) == 2
-    assert "after 59 records; expected 60" in capsys.readouterr().err
-    assert not (tmp_path / "run/import-cut.tfrecord.json").exists()
-    assert main([*command, str(tmp_path / "x.csv"), "--expected=60"]) == 2 and "x.csv is no .tfrecord" in capsys.readouterr().err
-    assert main([*command, str(file), "--expected", "60"]) == 0
-    said = capsys.readouterr().out
-    assert "without_prompt: 56" in said and "imported 4" in said and "other-0" not in said
-    report = json.loads((tmp_path / "run/import-rich.tfrecord.json").read_text())
-    assert report["without_prompt"] == [f"other-{n:03d}" for n in range(56)] and len(report["missing"]) == 60 * 5
-    assert report["answers"] == {"imported": 4, "no such item": 56}
