@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
                 "--file", default="", help="import, export: .jsonl, .csv, .parquet, .json (Label Studio) or .tfrecord (RichHF-18K)"
             )
             c.add_argument("--expected", type=int, help="import: records that a .tfrecord should have; tells whether its end is missing")
+            c.add_argument("--pick_a_pic", default="", help="import: parquet file or folder with the images and captions of a .tfrecord")
             c.add_argument("--rater", default="", help="invite: who")
             c.add_argument("--role", default="rater", choices=["rater", "admin"], help="invite: as what")
             c.add_argument("--count", type=int, default=3, help="simulate: how many")
@@ -66,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
 WITHOUT_RECIPE = ("--images", "--scorers", "--serve")  # options of `limner score` that say so
 OPTIONS = ("--help", "--config", "--print_config", "--dry_run", "--stage", "--shard")
 # options of `limner annotate`; others set the study's values
-ANNOTATE = ("file", "expected", "rater", "role", "count", "reader", "ties_misaligned")
+ANNOTATE = ("file", "expected", "pick_a_pic", "rater", "role", "count", "reader", "ties_misaligned")
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ from limner.feedback.database import Database
 from limner.feedback.preferences import write_preferences
 from limner.feedback.progress import answer_table
 from limner.feedback.study import Study, identity
-from limner.records import Feedback, to_table
+from limner.records import Feedback, Image, to_table
 from limner.statistics import Interval, krippendorff
-from limner.store import open_step, read_table, write_atomic
+from limner.store import is_complete, open_step, read_table, sha256, shards, write_atomic
 
 FORMATS = {
     "feedback.jsonl": "what each rater said, a row a line", "feedback.csv": "the same as a table", "feedback.parquet": "the same",
     "history.jsonl": "every revision with raw points, clicks and times", "label-studio.json": "for Label Studio",
     "richhf.tfrecord": "consolidated, in RichHF-18K's format",
 }  # fmt: skip
+JOINED = 500  # images of Pick-a-Pic a shard
 
 
 def write(study: Study, database: Database, path: Path) -> dict[str, Any]:
@@ -73,6 +75,48 @@ def read(path: Path, study: Study, database: Database, expected: int | None = No
         joined, more = richhf.join(rows, prompts)
         return [f for row in joined for f in richhf.to_feedback(row)], report | more
     return exchange.read_rows(path), {}
+
+
+def join_pick_a_pic(path: Path, source: Path, out: Path, expected: int | None = None) -> dict[str, Any]:
+    """Give RichHF-18K's rows their images and captions out of Pick-a-Pic, by image id: two step folders below `out`, `pick_a_pic` (Image
+    rows, for `images.from` of a study) and `richhf` (rows of RichFeedback with prompts and maps, of images that were found).
+
+    Args:
+        path: the .tfrecord.
+        source: a parquet file of Pick-a-Pic v1, or a folder of them; the images that are there already are not looked for again.
+        expected: as `read`.
+
+    Returns:
+        {"images": how many were found, "without_image": ids of rows without a partner,
+        "labels_not_of_caption": [[image id, words, labels]] (rows kept without labels)}.
+
+    Raises:
+        ValueError: as `read` and `richhf.pick_a_pic`, no file in the folder, no image found, or `out` holds another join.
+    """
+    if path.suffix != ".tfrecord":
+        raise ValueError(f"--pick_a_pic: {source}; it is joined with a .tfrecord of RichHF-18K, and {path.name} is none")
+    files = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
+    if not files:
+        raise ValueError(f"--pick_a_pic: {source}: no .parquet in it")
+    rows, _ = richhf.read(path, expected)
+    made_of = {"tfrecord": sha256(path), "pick_a_pic": [[f.name, f.stat().st_size if f.is_file() else 0] for f in files]}
+    step = open_step(out / "pick_a_pic", "images", made_of, {})
+    if not is_complete(step.folder):
+        found = richhf.pick_a_pic(files, {r.image_id for r in rows})
+        number = 0
+        while part := list(islice(found, JOINED)):
+            step.write(number, to_table(Image, part))
+            number += 1
+        if not number:
+            raise ValueError(f"{source}: no image of the {len(rows)} of {path.name}")
+        step.finish({})
+    texts = {row["id"]: row["text"] for shard in shards(step.folder) for row in read_table(shard, ["id", "text"]).to_pylist()}
+    joined, report = richhf.join(rows, texts)
+    table = richhf.to_table(row for row in joined if row.prompt is not None)
+    step = open_step(out / "richhf", "richhf", made_of, {})
+    step.write(0, table)
+    step.finish({"rows": table.num_rows})
+    return {"images": len(texts), "without_image": report["without_prompt"], "labels_not_of_caption": report["mismatched"]}
 
 
 def consolidate_study(study: Study, database: Database, ties_misaligned: bool = False) -> dict[str, Any]:

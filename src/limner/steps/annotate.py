@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 ACTIONS = {
     "serve": "the page that raters and admins use",
     "invite": "a link that signs somebody in once (--rater, --role)",
-    "import": "answers from a file (--file, --expected)",
+    "import": "answers from a file (--file, --expected, --pick_a_pic)",
     "export": "answers to a file (--file)",
     "consolidate": "what raters said together, and how far they agree",
     "simulate": "raters of the embedded world answer through the page's own requests (--count, --reader)",
@@ -67,13 +67,17 @@ def _invite(study: Study, rater: str = "", role: str = "rater", **_: Any) -> Non
     print(f"annotate: {rater}, once: {invitation(study, prepare(study), rater, role, where)}")
 
 
-def _import(study: Study, file: str = "", expected: int | None = None, **_: Any) -> None:
+def _import(study: Study, file: str = "", expected: int | None = None, pick_a_pic: str = "", **_: Any) -> None:
     from limner.feedback.answers import import_feedback
-    from limner.feedback.exports import read
+    from limner.feedback.exports import join_pick_a_pic, read
     from limner.feedback.server import prepare
 
-    path, database = _file(file), prepare(study)
-    rows, report = read(path, study, database, expected)
+    path, report = _file(file), dict[str, Any]()
+    if pick_a_pic:  # before the study is made: its images may be these
+        report = join_pick_a_pic(path, Path(pick_a_pic), Path(study.output_dir), expected)
+    database = prepare(study)
+    rows, more = read(path, study, database, expected)
+    report |= more
     counts = import_feedback(study, database, rows)
     for name, value in report.items():
         if value not in ([], {}, 0, None):
