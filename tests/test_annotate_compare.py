@@ -13,7 +13,7 @@ from sqlalchemy import select
 from starlette.testclient import TestClient
 
 import study as s
-from limner.feedback import server
+from limner.feedback import exports, server
 from limner.feedback.database import Database, Picture, reading
 from limner.feedback.study import Study
 from limner.records import Image, to_table
@@ -67,3 +67,13 @@ def test_the_studys_seed_decides_who_stands_left(tmp_path: Path) -> None:
     first, again, other = lefts(tmp_path / "first", 1), lefts(tmp_path / "again", 1), lefts(tmp_path / "other", 2)
     assert first == again != other
     assert {"ours", "base"} == set(first) == set(other)
+
+
+def test_rich_formats_are_not_offered_for_sides(tmp_path: Path) -> None:
+    study, database = side_study(tmp_path, 2)
+    boss = s.sign_in(s.client(study, database), study, database, "boss", "admin")
+    page = boss.get("/admin").text
+    for name in exports.FORMATS:
+        rich = name.startswith(("label-studio", "richhf"))
+        assert (f"/admin/export/{name}" in page) is not rich
+        assert boss.get(f"/admin/export/{name}").status_code == (400 if rich else 200)

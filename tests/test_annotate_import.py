@@ -1,8 +1,9 @@
-"""Imports of RichHF-18K by the command: records counted, what is missing reported, images from Pick-a-Pic."""
+"""Imports of RichHF-18K by the command: records counted, what is missing reported, images from Pick-a-Pic; exports to Label Studio."""
 
 from __future__ import annotations
 
 import json
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,22 @@ def test_richhf_finds_its_images_in_pick_a_pic(tmp_path: Path, capsys: pytest.Ca
         assert main([*command, str(tmp_path / other), *out]) == 2 and message in capsys.readouterr().err
     assert main(["annotate", "import", str(tmp_path / "study.yaml"), "--file", "x.csv", "--pick_a_pic", "y.parquet"]) == 2
     assert "joined with a .tfrecord of RichHF-18K, and x.csv is none" in capsys.readouterr().err
+
+
+def test_label_studio_gets_the_configuration_of_what_it_is_given(site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study, database = site
+    rater = s.sign_in(s.client(study, database), study, database, "a")
+    assert s.answer(rater, s.rich([[0.5, 0.5]], [1]), "label-studio-1").status_code == 200
+    boss = s.sign_in(s.client(study, database), study, database, "boss", "admin")
+    served = boss.get("/admin/export/label-studio.xml")
+    assert served.headers["content-type"] == "application/xml" and "label-studio.xml" in boss.get("/admin").text
+    database.engine.dispose()
+    assert main(["annotate", "export", str(tmp_path / "study.yaml"), "--file", str(tmp_path / "tasks.json")]) == 0
+    (task,) = json.loads((tmp_path / "tasks.json").read_text())
+    written = (tmp_path / "tasks.xml").read_bytes()
+    assert written == served.content
+    root = ElementTree.fromstring(written)
+    controls = {tag.get("name"): (tag.tag.lower(), tag.get("toName")) for tag in root.iter() if tag.get("name")}
+    for result in task["annotations"][0]["result"]:
+        assert controls[result["from_name"]] == (result["type"], result["to_name"])
+    assert {v[1:] for tag in root.iter() if (v := tag.get("value", "")).startswith("$")} <= task["data"].keys()

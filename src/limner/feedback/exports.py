@@ -22,14 +22,16 @@ from limner.store import is_complete, open_step, read_table, sha256, shards, wri
 FORMATS = {
     "feedback.jsonl": "what each rater said, a row a line", "feedback.csv": "the same as a table", "feedback.parquet": "the same",
     "history.jsonl": "every revision with raw points, clicks and times", "label-studio.json": "for Label Studio",
-    "richhf.tfrecord": "consolidated, in RichHF-18K's format",
+    "label-studio.xml": "its labelling configuration", "richhf.tfrecord": "consolidated, in RichHF-18K's format",
 }  # fmt: skip
+RICH_ONLY = (".json", ".xml", ".tfrecord")
 JOINED = 500  # images of Pick-a-Pic a shard
 
 
 def write(study: Study, database: Database, path: Path) -> dict[str, Any]:
     """Write the answers so far to a file; its name says how: one of `FORMATS`, or another with one of these endings.
 
+    Beside a .json for Label Studio goes a .xml of the same name: the labelling configuration without which it shows no answers.
     What an admin settled decides the consolidated .tfrecord; in the others stands what each rater said of such an item as well as of any.
 
     Raises:
@@ -40,11 +42,15 @@ def write(study: Study, database: Database, path: Path) -> dict[str, Any]:
         write_atomic(path, "".join(lines))
         return {"rows": len(lines)}
     rows = answers.feedback(answers.given(study, database, settled=path.suffix == ".tfrecord"))
-    if path.suffix in (".json", ".tfrecord") and study.task != "rich":
+    if path.suffix in RICH_ONLY and study.task != "rich":
         raise ValueError(f"{path.name}: task {study.task} has no place in this format; take .jsonl, .csv or .parquet")
+    if path.suffix == ".xml":
+        write_atomic(path, exchange.LABELING)
+        return {}
     if path.suffix == ".json":
         tasks = exchange.to_label_studio(rows, answers.images(study, database), lambda image_id: f"images/{image_id}")
         write_atomic(path, json.dumps(tasks, ensure_ascii=False, indent=1))
+        write_atomic(path.with_suffix(".xml"), exchange.LABELING)
         return {"rows": len(rows), "tasks": len(tasks)}
     if path.suffix == ".tfrecord":
         found, report = consolidate(rows, answers.images(study, database))

@@ -92,7 +92,8 @@ def _export(study: Study, file: str = "", **_: Any) -> None:
     from limner.feedback.server import prepare
 
     report = write(study, prepare(study), _file(file))
-    print(f"annotate export: wrote {file}: " + ", ".join(f"{k} {v}" for k, v in report.items() if v not in ([], {})))
+    counts = ", ".join(f"{k} {v}" for k, v in report.items() if v not in ([], {}))
+    print(f"annotate export: wrote {file}" + (f": {counts}" if counts else ""))
 
 
 def _consolidate(study: Study, ties_misaligned: bool = False, **_: Any) -> None:
