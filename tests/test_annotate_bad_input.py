@@ -243,6 +243,9 @@ def test_balance(tmp_path: Path) -> None:
     images = {"from": str(tmp_path / "images"), "table": str(table), "balance": ["kind"]}
     items, dropped = make_items(s.study_of(tmp_path, {"images": images}))
     assert sum(i.key < "i09" for i in items) == 3 and len(items) == 6 and dropped == {"more of a kind than of the rarest": 6}
+    for limit, each in ((10, 3), (4, 2)):  # three drawings end it though ten are allowed
+        items, _ = make_items(s.study_of(tmp_path, {"images": {**images, "limit": limit}}))
+        assert [sum((i.key < "i09") is photo for i in items) for photo in (True, False)] == [each, each]
     items, _ = make_items(s.study_of(tmp_path, {"images": {**images, "balance": ["score"], "limit": 6}}))
     assert [sum(int(i.key[1:]) // 4 == third for i in items) for third in range(3)] == [2, 2, 2]
     with pytest.raises(ValueError, match="no column colour; found image_id, kind, score"):

@@ -42,6 +42,8 @@ def parser() -> argparse.ArgumentParser:
             c.add_argument(
                 "--file", default="", help="import, export: .jsonl, .csv, .parquet, .json (Label Studio) or .tfrecord (RichHF-18K)"
             )
+            c.add_argument("--expected", type=int, help="import: records that a .tfrecord should have; tells whether its end is missing")
+            c.add_argument("--pick_a_pic", default="", help="import: parquet file or folder with the images and captions of a .tfrecord")
             c.add_argument("--rater", default="", help="invite: who")
             c.add_argument("--role", default="rater", choices=["rater", "admin"], help="invite: as what")
             c.add_argument("--count", type=int, default=3, help="simulate: how many")
@@ -64,7 +66,8 @@ def parser() -> argparse.ArgumentParser:
 
 WITHOUT_RECIPE = ("--images", "--scorers", "--serve")  # options of `limner score` that say so
 OPTIONS = ("--help", "--config", "--print_config", "--dry_run", "--stage", "--shard")
-ANNOTATE = ("file", "rater", "role", "count", "reader", "ties_misaligned")  # options of `limner annotate`; others set the study's values
+# options of `limner annotate`; others set the study's values
+ANNOTATE = ("file", "expected", "pick_a_pic", "rater", "role", "count", "reader", "ties_misaligned")
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

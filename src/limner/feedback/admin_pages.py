@@ -44,7 +44,8 @@ def _numbers(site: Site) -> dict[str, Any]:
         }
         took = time.monotonic() - began
         site.kept["numbers"] = (time.monotonic() + max(FRESH, 20 * took), kept)
-    return {"overview": progress.overview(site.database), "formats": list(exports.FORMATS), **kept}
+    formats = [name for name in exports.FORMATS if site.study.task == "rich" or not name.endswith(exports.RICH_ONLY)]
+    return {"overview": progress.overview(site.database), "formats": formats, **kept}
 
 
 @router.get("/admin/gallery")
@@ -141,6 +142,8 @@ def export(request: Request, person: Admin, name: str) -> Response:
         path = Path(folder) / name
         exports.write(site.study, site.database, path)
         data = path.read_bytes()
-    media = {".jsonl": "application/x-ndjson", ".json": "application/json", ".csv": "text/csv; charset=utf-8"}
+    media = {
+        ".jsonl": "application/x-ndjson", ".json": "application/json", ".csv": "text/csv; charset=utf-8", ".xml": "application/xml",
+    }  # fmt: skip
     headers = {"content-disposition": f'attachment; filename="{name}"'}
     return Response(data, media_type=media.get(path.suffix, "application/octet-stream"), headers=headers)

@@ -154,8 +154,8 @@ def _balanced(items: list[Item], images: Pictures, rng: np.random.Generator, dro
     names = sorted(cells, key=str)
     if not names:
         return []
-    rounds = min(len(c) for c in cells.values()) if not images.limit else max(len(c) for c in cells.values())
-    chosen = [cells[names[k]][r] for r in range(rounds) for k in rng.permutation(len(names)) if r < len(cells[names[k]])]
+    rounds = min(len(c) for c in cells.values())  # with a limit too: going on without the rarest would no longer be balanced
+    chosen = [cells[names[k]][r] for r in range(rounds) for k in rng.permutation(len(names))]
     if len(chosen) < len(known):
         dropped["more of a kind than of the rarest"] = len(known) - len(chosen)
     return chosen

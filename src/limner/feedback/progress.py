@@ -157,12 +157,20 @@ def disagreements(answers: Sequence[Given], limit: int = 12) -> list[dict[str, A
 
 
 def _spread(group: Sequence[Given]) -> float:
+    """0 (all alike) to 1. Rich: the worst of its questions: ratings by their range; words by the share that some raters marked and others
+    did not; each kind of points by how evenly raters are split about whether there is any (one of two: 1, one of three: 2/3)."""
     if "choice" not in group[0].found and "side" not in group[0].found:
         spreads = []
         for q in QUESTIONS:
             values = [a.found["ratings"][q] for a in group if q in a.found.get("ratings", {})]
             spreads += [(max(values) - min(values)) / 4] if values else []
-        return float(np.max(spreads)) if spreads else 0.0
+        if words := [a.found["words"] for a in group if "words" in a.found]:
+            marked = [set(w["misaligned"]) for w in words]
+            spreads.append(len(set.union(*marked) - set.intersection(*marked)) / max(len(words[0]["tokens"]), 1))
+        if points := [a.found["points"] for a in group if "points" in a.found]:
+            some = [float(np.mean([bool(p[mark]) for p in points])) for mark in MARKS]
+            spreads += [2 * min(share, 1 - share) for share in some]
+        return max(spreads, default=0.0)
     if "side" in group[0].found:
         values = [a.found["side"]["answer"] for a in group]
         return (max(values) - min(values)) / 4

@@ -200,10 +200,11 @@ def _described(session: Session, site: Site, person: Person, item_id: int, slot:
     last = select(Answer).where(col(Answer.item_id) == item_id, col(Answer.rater_id) == person.id)
     answer = session.execute(last.order_by(col(Answer.revision).desc()).limit(1)).scalar_one_or_none()
     draft = session.get(Draft, (item_id, person.id))
+    shown = [sizes[t] for t in shown_order(names, item, slot, site.study.seed)]
     return {
         "item": {
             "id": item_id, "text": item.text, "pieces": pieces(item.text),
-            "images": [{"token": t, "width": sizes[t].width, "height": sizes[t].height} for t in shown_order(names, item, slot)],
+            "images": [{"token": p.token, "width": p.width, "height": p.height} for p in shown],
         },
         "draft": json.loads(draft.payload) if draft else None,
         "version": draft.version if draft else 0,
@@ -215,10 +216,10 @@ def _described(session: Session, site: Site, person: Person, item_id: int, slot:
     }  # fmt: skip
 
 
-def shown_order(names: list[str], item: Item, slot: Slot | None) -> list[str]:
-    """The order in which a rater sees an item's images: drawn for the item, turned by one for each of its raters, so that every image
-    takes every place equally often."""
-    order = np.random.default_rng(seeds.seed_of("order", item.key)).permutation(len(names))
+def shown_order(names: list[str], item: Item, slot: Slot | None, seed: int) -> list[str]:
+    """The order in which a rater sees an item's images: drawn for study and item, turned by one for each of its raters, so that every
+    image takes every place equally often."""
+    order = np.random.default_rng(seeds.seed_of(seed, "order", item.key)).permutation(len(names))
     number = slot.number if slot is not None else 0
     return [names[order[(i + number) % len(names)]] for i in range(len(names))]
 

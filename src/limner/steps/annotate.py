@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from limner.feedback.study import Study
 from limner.steps.run import FIGURES, resolve
+from limner.store import write_atomic
 
 if TYPE_CHECKING:
     from limner.feedback.simulate import Truth
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 ACTIONS = {
     "serve": "the page that raters and admins use",
     "invite": "a link that signs somebody in once (--rater, --role)",
-    "import": "answers from a file (--file)",
+    "import": "answers from a file (--file, --expected, --pick_a_pic)",
     "export": "answers to a file (--file)",
     "consolidate": "what raters said together, and how far they agree",
     "simulate": "raters of the embedded world answer through the page's own requests (--count, --reader)",
@@ -65,18 +67,24 @@ def _invite(study: Study, rater: str = "", role: str = "rater", **_: Any) -> Non
     print(f"annotate: {rater}, once: {invitation(study, prepare(study), rater, role, where)}")
 
 
-def _import(study: Study, file: str = "", **_: Any) -> None:
+def _import(study: Study, file: str = "", expected: int | None = None, pick_a_pic: str = "", **_: Any) -> None:
     from limner.feedback.answers import import_feedback
-    from limner.feedback.exports import read
+    from limner.feedback.exports import join_pick_a_pic, read
     from limner.feedback.server import prepare
 
+    path, report = _file(file), dict[str, Any]()
+    if pick_a_pic:  # before the study is made: its images may be these
+        report = join_pick_a_pic(path, Path(pick_a_pic), Path(study.output_dir), expected)
     database = prepare(study)
-    rows, report = read(_file(file), study, database)
+    rows, more = read(path, study, database, expected)
+    report |= more
+    counts = import_feedback(study, database, rows)
     for name, value in report.items():
         if value not in ([], {}, 0, None):
-            print(f"  {name}: {str(value)[:200]}")
-    counts = import_feedback(study, database, rows)
-    print("annotate import: " + (", ".join(f"{why} {n}" for why, n in counts.items()) or "no rows"))
+            print(f"  {name}: {len(value) if isinstance(value, list | dict) else value}")
+    whole = Path(study.output_dir) / f"import-{path.name}.json"
+    write_atomic(whole, json.dumps({**report, "answers": counts}, indent=1, ensure_ascii=False) + "\n")
+    print(f"annotate import: wrote {whole}: " + (", ".join(f"{why} {n}" for why, n in counts.items()) or "no rows"))
 
 
 def _export(study: Study, file: str = "", **_: Any) -> None:
@@ -84,7 +92,8 @@ def _export(study: Study, file: str = "", **_: Any) -> None:
     from limner.feedback.server import prepare
 
     report = write(study, prepare(study), _file(file))
-    print(f"annotate export: wrote {file}: " + ", ".join(f"{k} {v}" for k, v in report.items() if v not in ([], {})))
+    counts = ", ".join(f"{k} {v}" for k, v in report.items() if v not in ([], {}))
+    print(f"annotate export: wrote {file}" + (f": {counts}" if counts else ""))
 
 
 def _consolidate(study: Study, ties_misaligned: bool = False, **_: Any) -> None:
