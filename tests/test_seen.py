@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from limner import records
 from limner.cli import main
 from limner.figures import assets, seen
+from limner.figures.assets import find
 from limner.figures.captions import REGION, describe, parse, swap
 from limner.figures.scene import ATTRIBUTES, sample
-from limner.images import encode_png
+from limner.images import decode_batch, encode_png
+from limner.inputs import read_prompts
 from limner.scorers.reader import BONES, FigureReader, measure_names
 from limner.store import open_step, read_rows
 
@@ -247,3 +249,15 @@ def test_how_likely_a_caption_is_read_by_hand() -> None:
     assert right == pytest.approx(np.mean(expected), abs=1e-6)
     assert wrong == pytest.approx(np.mean(expected) - 1 / len(counted), abs=1e-6)
     assert silent == 0
+
+
+def test_the_shipped_readers_eyes() -> None:
+    """Real figures with their own captions, then with their neighbours': nearly nothing is untrue, then much is."""
+    prompts = read_prompts(find("test"), "test")[:48]
+    images = decode_batch([p.image or b"" for p in prompts])
+    look = seen.beholder(find("rater_reader"))
+    own = look(images, [p.text for p in prompts])
+    other = look(images, [p.text for p in prompts[1:] + prompts[:1]])
+    aligned, strange = (np.mean([t.qualities["alignment"] for t in truths]) for truths in (own, other))
+    assert aligned > 0.9 and strange < 0.4
+    assert np.mean([t.qualities["plausibility"] for t in own]) > 0.7
