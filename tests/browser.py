@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+from sqlalchemy import select
+
+from limner.feedback import server
+from limner.feedback.database import Answer, reading
+
+if TYPE_CHECKING:  # tests that need it say so
+    from playwright.sync_api import Browser, Page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 WHY_NOT = "no Chromium on this machine (apt-get install chromium)"
@@ -34,3 +47,46 @@ def shoot(page: Any, name: str, phone: bool = False) -> None:
     small.save(path, optimize=True)
     if phone:
         page.set_viewport_size(before)
+
+
+@contextmanager
+def started() -> Iterator[Browser]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+def picture(seed: int, side: int = 240) -> bytes:
+    """A figure of sorts; for the pictures in docs/ one of the embedded world."""
+    if SHOTS:
+        from limner.figures import make
+
+        (drawn,) = make.draw("raters", seed, seed + 1, defects=True)
+        return make.row("raters", drawn)["defective_image"]
+    rng = np.random.default_rng(seed)
+    image = Image.new("RGB", (side, side), tuple(rng.integers(120, 230, 3).tolist()))
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((side * 0.4, side * 0.1, side * 0.6, side * 0.3), fill=(224, 172, 140))
+    draw.rectangle((side * 0.38, side * 0.3, side * 0.62, side * 0.8), fill=tuple(rng.integers(0, 255, 3).tolist()))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def begin(chromium: Browser, address: str, study: Any, database: Any, name: str, role: str = "rater", **context: Any) -> Page:
+    """A browser of somebody who has just used their invitation. Any error in the page fails the test."""
+    page = chromium.new_context(viewport={"width": 1280, "height": 800}, **context).new_page()
+    page.set_default_timeout(60_000)
+    page.on("pageerror", lambda error: pytest.fail(f"error in the page: {error}"))
+    page.goto(server.invitation(study, database, name, role, address))
+    page.click("text=Begin")
+    page.wait_for_load_state()
+    return page
+
+
+def stored(database: Any) -> list[tuple[Answer, dict[str, Any]]]:
+    with reading(database) as session:
+        return [(a, json.loads(a.payload)) for a in session.execute(select(Answer).order_by(Answer.created)).scalars()]

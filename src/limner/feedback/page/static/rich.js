@@ -13,24 +13,25 @@ export const empty = () => ({
   points: { artifact: [], misalignment: [] }, words: { misaligned: [] }, ratings: {}, nothing: { image: false, prompt: false },
 });
 
-/** Builds the view of an item; `page` has state(), commit(next, what, merge) and config. Returns {element, draw, actions}. */
+/** Builds the view of an item; `page` has state(), commit(next, what, step), rest() and config. Returns {element, draw, actions}. */
 export function build(item, page) {
   const { questions } = page.config;
   let left = 'artifact';
   let active = 0;
-  const change = (edit, what, merge) => {
+  const change = (edit, what, step) => {
     const next = structuredClone(page.state());
     edit(next);
-    page.commit(next, what, merge);
+    page.commit(next, what, step);
   };
   const stage = makeStage(item.images[0], {
     points: () => page.state().points,
     left: () => left,
-    change: (points, what, merge) => change((s) => {
+    rest: page.rest,
+    change: (points, what, step) => change((s) => {
       s.points = points;
       if (points.artifact.length) s.nothing.image = false;
       if (points.misalignment.length) s.nothing.prompt = false;
-    }, what, merge),
+    }, what, step),
   });
 
   const sides = MARKS.map((mark) => {

@@ -11,7 +11,7 @@ const clamp = (v) => Math.min(Math.max(v, 0), 1);
 const round = (v) => Math.round(v * 1e4) / 1e4;
 
 /**
- * hooks: points() -> {artifact, misalignment}; change(points, what) makes a new state; left() -> which mark the left button makes.
+ * hooks: points() -> {artifact, misalignment}; change(points, what, step) makes a new state, rest() ends a movement; left() -> which mark the left button makes.
  */
 export function makeStage(image, hooks) {
   const { width, height } = image;
@@ -70,7 +70,7 @@ export function makeStage(image, hooks) {
     if (!chosen) { draw(); return; }
     const points = copy();
     points[chosen[0]][chosen[1]] = to;
-    hooks.change(points, `move ${chosen[0]}`, true);
+    hooks.change(points, `move ${chosen[0]}`, chosen.join(' '));
   }
   function choose(by) {
     const all = MARKS.flatMap((m) => hooks.points()[m].map((_, i) => [m, i]));
@@ -78,6 +78,7 @@ export function makeStage(image, hooks) {
     const now = chosen ? all.findIndex(([m, i]) => m === chosen[0] && i === chosen[1]) : (by > 0 ? -1 : 0);
     chosen = all[(now + by + all.length) % all.length];
     cursor = hooks.points()[chosen[0]][chosen[1]];
+    hooks.rest();
     stage.classList.add('keyed');
     draw();
   }
@@ -120,6 +121,7 @@ export function makeStage(image, hooks) {
     if (on) {
       if (event.button === 0) {
         chosen = [on, Number(event.target.dataset.number)];
+        hooks.rest();
         drag = { from: at, moved: false, points: copy() };
         layer.setPointerCapture(event.pointerId);
         draw();
@@ -151,7 +153,7 @@ export function makeStage(image, hooks) {
   return {
     element: stage, draw, fit, remove, move, choose,
     put: (mark) => { stage.classList.add('keyed'); add(mark, [...cursor]); },
-    deselect: () => { chosen = null; draw(); },
+    deselect: () => { chosen = null; hooks.rest(); draw(); },
     zoomIn: () => setZoom(zoom * 1.5), zoomOut: () => setZoom(zoom / 1.5), zoomFit: () => setZoom(1),
     hasChosen: () => chosen !== null,
   };

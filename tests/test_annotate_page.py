@@ -1,0 +1,110 @@
+"""The page in detail: what undo takes back, the tour by keys, a finger on a point, what an overlay shows, contrast, names, zoom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("playwright", reason="needs playwright (pip install playwright)")
+pytest.importorskip("sqlmodel", reason="needs the extra `annotate`")
+
+from playwright.sync_api import Browser, Page, expect
+
+import browser as b
+import study as s
+from limner.feedback import server
+
+expect.set_options(timeout=30_000)  # a machine may be busy
+pytestmark = pytest.mark.skipif(not b.CHROMIUM, reason=b.WHY_NOT)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with b.started() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any, str]]:
+    """A study of rich items whose images are one colour."""
+    folder = tmp_path_factory.mktemp("plain")
+    names = [f"i{n}" for n in range(3)]
+    s.image_folder(folder / "images", dict.fromkeys(names, "a red ball"), dict.fromkeys(names, s.png((200, 200, 200), (240, 240))))
+    study = s.study_of(folder, {"name": "Balls", "overlap": 9})
+    database = server.prepare(study)
+    with server.serving(study, database) as address:
+        yield study, database, address
+
+
+def places(page: Page) -> list[list[float]]:
+    """The points of the page, as fractions of the image."""
+    found = page.locator("#stage circle").evaluate_all("all => all.map(c => ['cx', 'cy'].map(k => c.getAttribute(k) / 240))")
+    return [[round(x, 4), round(y, 4)] for x, y in found]
+
+
+def test_undo_takes_back_one_movement_of_one_point(chromium: Browser, plain: Any) -> None:
+    study, database, address = plain
+    page = b.begin(chromium, address, study, database, "undo")
+    page.click("#tourskip")
+    key = page.keyboard.press
+    for _ in range(4):
+        key("Shift+ArrowLeft")
+    key("a")
+    for _ in range(8):
+        key("Shift+ArrowRight")
+    key("a")
+    assert places(page) == [[0.3, 0.5], [0.7, 0.5]]
+    for keys in ("nn", "nn"):  # the first point, then the second: two movements of the same kind of point
+        key(keys[0])
+        key("ArrowDown")
+        key("ArrowDown")
+    assert places(page) == [[0.3, 0.52], [0.7, 0.52]]
+    key("z")
+    assert places(page) == [[0.3, 0.52], [0.7, 0.5]]  # both steps of the second, and nothing of the first
+    key("z")
+    assert places(page) == [[0.3, 0.5], [0.7, 0.5]]
+    box = page.locator("#stage svg").bounding_box()
+    assert box
+    page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 0.5 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 0.75 * box["height"], steps=4)
+    page.mouse.up()
+    dragged = places(page)
+    assert dragged[0] == pytest.approx([0.3, 0.75], abs=0.01)
+    key("ArrowUp")
+    assert places(page) != dragged
+    key("z")
+    assert places(page) == dragged  # the step by key alone, not the drag
+    key("ArrowUp")
+    expect(page.locator("#saved")).to_have_text("Saved")
+    moved = places(page)
+    page.reload()
+    expect(page.locator("#stage circle")).to_have_count(2)
+    expect(page.locator("#undo")).to_be_disabled()
+    key("n")
+    key("ArrowUp")
+    assert places(page) != moved
+    key("z")
+    assert places(page) == moved
+    page.context.close()
+
+
+def test_undo_goes_on_when_no_more_events_are_kept(chromium: Browser, plain: Any) -> None:
+    study, database, address = plain
+    page = b.begin(chromium, address, study, database, "events")
+    page.click("#tourskip")
+    page.keyboard.press("a")
+    page.keyboard.press("n")
+    steps = """for (let n = 0; n < 401; n += 1) {
+        document.body.dispatchEvent(new KeyboardEvent('keydown', { key: n % 2 ? 'ArrowUp' : 'ArrowDown', bubbles: true }));
+    }"""
+    page.evaluate(steps)  # more than are kept, the last that is kept being a move
+    page.keyboard.press("n")
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowUp")
+    assert places(page) == [[0.5, 0.49]]
+    page.keyboard.press("z")
+    assert places(page) == [[0.5, 0.51]]
+    page.context.close()
