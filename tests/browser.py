@@ -76,12 +76,18 @@ def picture(seed: int, side: int = 240) -> bytes:
     return buffer.getvalue()
 
 
-def begin(chromium: Browser, address: str, study: Any, database: Any, name: str, role: str = "rater", **context: Any) -> Page:
-    """A browser of somebody who has just used their invitation. Any error in the page fails the test."""
-    page = chromium.new_context(viewport={"width": 1280, "height": 800}, **context).new_page()
+def visit(browser: Browser, address: str, **context: Any) -> Page:
+    """A browser of its own at this address. Any error in the page fails the test."""
+    page = browser.new_context(viewport={"width": 1280, "height": 800}, **context).new_page()
     page.set_default_timeout(60_000)
     page.on("pageerror", lambda error: pytest.fail(f"error in the page: {error}"))
-    page.goto(server.invitation(study, database, name, role, address))
+    page.goto(address)
+    return page
+
+
+def begin(browser: Browser, address: str, study: Any, database: Any, name: str, role: str = "rater", **context: Any) -> Page:
+    """A browser of somebody who has just used their invitation."""
+    page = visit(browser, server.invitation(study, database, name, role, address), **context)
     page.click("text=Begin")
     page.wait_for_load_state()
     return page

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("playwright", reason="needs playwright (pip install playwright)")
 pytest.importorskip("sqlmodel", reason="needs the extra `annotate`")
 
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Page, expect
 from sqlalchemy import select
 
 import browser as b
@@ -125,12 +125,31 @@ def test_a_rich_item_by_mouse(chromium: Browser, rich: Any, tmp_path: Path) -> N
     page.context.close()
 
 
+def to(page: Page, selector: str) -> None:
+    """Press Tab until what is wanted has the focus."""
+    for _ in range(60):
+        if page.evaluate("selector => document.activeElement.matches(selector)", selector):
+            return
+        page.keyboard.press("Tab")
+    pytest.fail(f"Tab does not come to {selector}")
+
+
 def test_a_rich_item_by_keys_alone(chromium: Browser, rich: Any) -> None:
+    """Nothing but page.keyboard acts on the page, from the invitation on."""
     study, database, address = rich
-    page = b.begin(chromium, address, study, database, "keys")
-    page.wait_for_selector("#stage")
-    page.locator("#tourskip").press("Enter")
+    page = b.visit(chromium, server.invitation(study, database, "keys", "rater", address))
     key = page.keyboard.press
+    to(page, "input[name=password]")
+    page.keyboard.type("a long password")
+    to(page, "button.primary")
+    key("Enter")
+    page.wait_for_selector("#tour:not([hidden])")
+    for n in range(5):
+        expect(page.locator("#tournext")).to_be_focused()
+        expect(page.locator("#tournext")).to_have_text("Begin" if n == 4 else "Next")
+        key("Enter")
+    expect(page.locator("#tour")).to_be_hidden()
+    expect(page.locator("#main")).to_be_focused()
     for _ in range(4):
         key("Shift+ArrowUp")  # from the middle: y 0.5 - 4 * 0.05
     key("a")
@@ -162,17 +181,20 @@ def test_a_rich_item_by_keys_alone(chromium: Browser, rich: Any) -> None:
     assert payload["ratings"] == {"plausibility": 4, "alignment": 2, "aesthetics": 3, "overall": 5}
     # The next: nothing is wrong. One key is bound anew first.
     key("k")
-    page.locator("[data-key=nothing-image]").press("Enter")
+    to(page, "[data-key=nothing-image]")
+    key("Enter")
     key("f")
     expect(page.locator("[data-key=nothing-image]")).to_have_text("F")
+    expect(page.locator("[data-key=nothing-image]")).to_be_focused()
     key("Escape")
     key("f")
     key("c")
     for value in "5555":
         key(value)
     key("s")
-    page.locator("input[name=other]").fill("on second thoughts")
-    page.locator("input[name=other]").press("Enter")
+    to(page, "input[name=other]")
+    page.keyboard.type("on second thoughts")
+    key("Enter")
     expect(page.locator("#saved")).to_have_text("Submitted")
     skipped = b.stored(database)[-1][0]
     assert skipped.skipped == "on second thoughts" and skipped.rater_id == answer.rater_id

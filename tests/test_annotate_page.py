@@ -108,3 +108,22 @@ def test_undo_goes_on_when_no_more_events_are_kept(chromium: Browser, plain: Any
     page.keyboard.press("z")
     assert places(page) == [[0.5, 0.51]]
     page.context.close()
+
+
+def test_escape_ends_the_tour(chromium: Browser, plain: Any) -> None:
+    study, database, address = plain
+    page = b.begin(chromium, address, study, database, "tour")
+    expect(page.locator("#tournext")).to_be_focused()
+    page.keyboard.press("k")
+    page.keyboard.press("Escape")  # the keys alone
+    expect(page.locator("#keys")).to_be_hidden()
+    expect(page.locator("#tournext")).to_be_focused()
+    with page.expect_response("**/api/settings"):
+        page.keyboard.press("Escape")
+    expect(page.locator("#tour")).to_be_hidden()
+    expect(page.locator("#main")).to_be_focused()
+    assert page.locator(".spot").count() == 0
+    page.reload()
+    page.wait_for_selector("#stage")
+    expect(page.locator("#tour")).to_be_hidden()  # once is enough
+    page.context.close()

@@ -167,8 +167,9 @@ function gold(found) {
 function tour(steps) {
   const all = [...steps, ['#bar', 'Everything is saved as you work; you may close the page at any time. Submit when you are done; every key is listed under “Keys”.']];
   let at = 0;
+  const from = document.activeElement;
   const clear = () => document.querySelectorAll('.spot').forEach((e) => e.classList.remove('spot'));
-  const end = () => { clear(); $('tour').hidden = true; settings.tour = true; call('/api/settings', settings).catch(() => {}); };
+  const end = () => { clear(); $('tour').hidden = true; (from === document.body ? $('main') : from).focus(); settings.tour = true; call('/api/settings', settings).catch(() => {}); };
   const step = () => {
     clear();
     if (at === all.length) { end(); return; }
@@ -176,12 +177,16 @@ function tour(steps) {
     $('tourtext').textContent = all[at][1];
     $('tournext').textContent = at === all.length - 1 ? 'Begin' : 'Next';
     $('tour').hidden = false;
+    $('tournext').focus({ preventScroll: true });
     at += 1;
   };
   $('tournext').onclick = step;
   $('tourskip').onclick = end;
   step();
 }
+document.addEventListener('keydown', (event) => {
+  if (event.key === 'Escape' && !$('tour').hidden && !document.querySelector('dialog[open]')) $('tourskip').click();
+});
 
 function askSkip() { if (!task || config.role === 'admin') return; $('skipping').returnValue = ''; $('skipping').showModal(); }
 $('noskip').addEventListener('click', () => $('skipping').close('back'));
