@@ -127,3 +127,30 @@ def test_escape_ends_the_tour(chromium: Browser, plain: Any) -> None:
     page.wait_for_selector("#stage")
     expect(page.locator("#tour")).to_be_hidden()  # once is enough
     page.context.close()
+
+
+def test_a_finger_moves_a_point(chromium: Browser, plain: Any) -> None:
+    study, database, address = plain
+    page = b.begin(chromium, address, study, database, "finger", has_touch=True, is_mobile=True)
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.tap("#tourskip")
+    box = page.locator("#stage svg").bounding_box()
+    assert box
+    page.locator("#stage svg").tap(position={"x": box["width"] * 0.5, "y": box["height"] * 0.5})
+    expect(page.locator("#stage circle")).to_have_count(1)
+    touch = page.context.new_cdp_session(page)
+
+    def drag(start: tuple[float, float], end: tuple[float, float]) -> None:
+        for n in range(11):
+            x, y = (a + (z - a) * n / 10 for a, z in zip(start, end, strict=True))
+            point = {"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"]}
+            touch.send("Input.dispatchTouchEvent", {"type": "touchMove" if n else "touchStart", "touchPoints": [point]})
+        touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
+    drag((0.5, 0.5), (0.3, 0.2))
+    assert places(page)[0] == pytest.approx([0.3, 0.2], abs=0.02)
+    assert page.evaluate("scrollY") == 0
+    drag((0.8, 0.8), (0.8, 0.2))  # beside it: the page scrolls, and no point is made
+    page.wait_for_function("scrollY > 0")
+    assert len(places(page)) == 1
+    page.context.close()

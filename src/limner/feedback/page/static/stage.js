@@ -124,7 +124,7 @@ export function makeStage(image, hooks) {
         hooks.rest();
         drag = { from: at, moved: false, points: copy() };
         layer.setPointerCapture(event.pointerId);
-        draw();
+        for (const c of marks.children) c.classList.toggle('chosen', c === event.target); // a touch is lost with the circle that it began on
       }
       return;
     }
@@ -132,6 +132,8 @@ export function makeStage(image, hooks) {
     if (event.button === 0) add(hooks.left(), at);
     if (event.button === 2) add(MARKS.find((m) => m !== hooks.left()), at);
   });
+  // A finger on a point moves the point, not the page. (Chromium leaves touch-action on a circle unheeded.)
+  layer.addEventListener('touchstart', (event) => { if (event.target.dataset?.mark) event.preventDefault(); }, { passive: false });
   layer.addEventListener('pointermove', (event) => {
     if (!drag || drag.tap) return;
     const at = place(event);

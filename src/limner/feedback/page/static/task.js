@@ -169,7 +169,7 @@ function tour(steps) {
   let at = 0;
   const from = document.activeElement;
   const clear = () => document.querySelectorAll('.spot').forEach((e) => e.classList.remove('spot'));
-  const end = () => { clear(); $('tour').hidden = true; (from === document.body ? $('main') : from).focus(); settings.tour = true; call('/api/settings', settings).catch(() => {}); };
+  const end = () => { clear(); $('tour').hidden = true; (from === document.body ? $('main') : from).focus({ preventScroll: true }); settings.tour = true; call('/api/settings', settings).catch(() => {}); };
   const step = () => {
     clear();
     if (at === all.length) { end(); return; }
