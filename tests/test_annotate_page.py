@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 pytest.importorskip("playwright", reason="needs playwright (pip install playwright)")
 pytest.importorskip("sqlmodel", reason="needs the extra `annotate`")
 
+from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 import browser as b
@@ -151,6 +153,34 @@ def test_a_finger_moves_a_point(chromium: Browser, plain: Any) -> None:
     assert places(page)[0] == pytest.approx([0.3, 0.2], abs=0.02)
     assert page.evaluate("scrollY") == 0
     drag((0.8, 0.8), (0.8, 0.2))  # beside it: the page scrolls, and no point is made
-    page.wait_for_function("scrollY > 0")
+    page.evaluate("new Promise(done => { const look = () => (scrollY > 0 ? done() : requestAnimationFrame(look)); look(); })")
     assert len(places(page)) == 1
+    page.context.close()
+
+
+def test_overlapping_disks_of_one_rater_are_one_rater(chromium: Browser, plain: Any) -> None:
+    """Colours are read off the screen: two disks of one rater, artifacts left and misalignment right of them; then one disk of two raters."""
+    study, database, address = plain
+    both = {"artifact": [[0.2, 0.5], [0.25, 0.5]], "misalignment": [[0.6, 0.5], [0.65, 0.5]]}
+    again = {"artifact": [[0.2, 0.5]], "misalignment": []}
+    page = b.begin(chromium, address, study, database, "boss", "admin")
+    colours: list[dict[str, list[tuple[int, ...]]]] = []
+    for name, points in (("one", both), ("two", again)):
+        rater = s.sign_in(s.client(study, database), study, database, name)
+        assert s.answer(rater, s.rich([[0.5, 0.5]], [0]) | {"points": points}, f"overlay-{name}").status_code == 200
+        found = {}
+        for where in ("gallery", "items/1"):
+            page.goto(f"{address}/admin/{where}")
+            expect(page.locator(".framed circle").first).to_be_attached()
+            page.evaluate("Promise.all([...document.images].map(i => i.decode()))")
+            with Image.open(io.BytesIO(page.locator(".framed").first.screenshot())) as shot:
+                picture, (width, height) = shot.convert("RGB"), shot.size
+            found[where] = [picture.getpixel((int(x * width), height // 2)) for x in (0.17, 0.225, 0.28, 0.57, 0.625, 0.68, 0.9)]
+        colours.append(found)
+    for found in colours[0].values():
+        assert found[0] == found[1] == found[2] != found[6] and found[3] == found[4] == found[5] != found[6]
+        assert found[6] == (200, 200, 200)
+    of_two = colours[1]["gallery"]  # 0.17 and 0.225 by both, 0.28 by one
+    assert of_two[0] == of_two[1] and of_two[2][1] > of_two[0][1] + 10
+    assert colours[1]["items/1"] == colours[0]["items/1"]  # a picture for each rater there
     page.context.close()
