@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ FLAGS = [
     "--no-first-run",
 ]  # fmt: skip
 SHOTS = os.environ.get("LIMNER_SCREENSHOTS", "")  # a folder to put pictures of the pages into; "" = none are taken
+wrong: list[str] = []  # what the pages of a test did that no page may
 
 
 def shoot(page: Any, name: str, phone: bool = False) -> None:
@@ -76,11 +78,32 @@ def picture(seed: int, side: int = 240) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.fixture(autouse=True)
+def nothing_wrong() -> Iterator[list[str]]:
+    """Fails a test whose pages had errors or asked another host for something."""
+    wrong.clear()
+    yield wrong
+    assert not wrong, wrong
+
+
 def visit(browser: Browser, address: str, **context: Any) -> Page:
-    """A browser of its own at this address. Any error in the page fails the test."""
+    """A browser of its own at this address, watched by `nothing_wrong`."""
     page = browser.new_context(viewport={"width": 1280, "height": 800}, **context).new_page()
     page.set_default_timeout(60_000)
-    page.on("pageerror", lambda error: pytest.fail(f"error in the page: {error}"))
+
+    def asked(request: Any) -> None:
+        to = urlsplit(request.url)
+        if to.scheme not in ("data", "blob") and to.netloc != urlsplit(address).netloc:
+            wrong.append(f"asked for {request.url}")
+
+    def said(message: Any) -> None:
+        refused = message.text.startswith("Failed to load resource: the server responded with a status of 4")  # tests provoke these
+        if message.type in ("error", "warning") and not refused:
+            wrong.append(f"{message.type}: {message.text}")
+
+    page.on("request", asked)
+    page.on("console", said)
+    page.on("pageerror", lambda error: wrong.append(f"error in the page: {error}"))
     page.goto(address)
     return page
 

@@ -27,6 +27,7 @@ from limner.feedback.exchange import read_rows
 
 expect.set_options(timeout=30_000)  # a machine may be busy
 pytestmark = pytest.mark.skipif(not b.CHROMIUM, reason=b.WHY_NOT)
+nothing_wrong = b.nothing_wrong
 PROMPT = "a woman kneeling in a park, wearing a red shirt"  # a0 woman1 kneeling2 in3 a4 park5 wearing6 a7 red8 shirt9
 
 
@@ -49,9 +50,7 @@ def rich(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any, s
 
 def test_a_rich_item_by_mouse(chromium: Browser, rich: Any, tmp_path: Path) -> None:
     study, database, address = rich
-    page = chromium.new_context(viewport={"width": 1280, "height": 800}).new_page()
-    page.set_default_timeout(60_000)
-    page.goto(f"{address}/login")
+    page = b.visit(chromium, f"{address}/login")
     b.shoot(page, "login")
     b.shoot(page, "login", phone=True)
     page.goto(server.invitation(study, database, "mouse", "rater", address))

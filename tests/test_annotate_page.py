@@ -12,7 +12,7 @@ pytest.importorskip("playwright", reason="needs playwright (pip install playwrig
 pytest.importorskip("sqlmodel", reason="needs the extra `annotate`")
 
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Error, Page, expect
 
 import browser as b
 import study as s
@@ -20,6 +20,7 @@ from limner.feedback import server
 
 expect.set_options(timeout=30_000)  # a machine may be busy
 pytestmark = pytest.mark.skipif(not b.CHROMIUM, reason=b.WHY_NOT)
+nothing_wrong = b.nothing_wrong
 
 
 @pytest.fixture(scope="module")
@@ -183,4 +184,29 @@ def test_overlapping_disks_of_one_rater_are_one_rater(chromium: Browser, plain: 
     of_two = colours[1]["gallery"]  # 0.17 and 0.225 by both, 0.28 by one
     assert of_two[0] == of_two[1] and of_two[2][1] > of_two[0][1] + 10
     assert colours[1]["items/1"] == colours[0]["items/1"]  # a picture for each rater there
+    page.context.close()
+
+
+def test_what_is_fetched_from_elsewhere_is_seen_and_refused(chromium: Browser, plain: Any, nothing_wrong: list[str]) -> None:
+    """The watch over all of these tests sees what it is there for; the page's policy stops it."""
+    study, database, address = plain
+    page = b.begin(chromium, address, study, database, "elsewhere")
+    page.click("#tourskip")
+    page.wait_for_load_state("networkidle")
+    assert not nothing_wrong
+    page.evaluate("""new Promise(done => {
+        const image = Object.assign(new Image(), { onerror: done, onload: done, src: 'http://elsewhere.invalid/pixel.png' });
+        document.body.append(image);
+    })""")
+    with pytest.raises(Error, match="Failed to fetch"):
+        page.evaluate("fetch('http://elsewhere.invalid/')")
+    assert sum("Content Security Policy" in w and "elsewhere.invalid" in w for w in nothing_wrong) >= 2
+    nothing_wrong.clear()
+    page.evaluate("setTimeout(() => { throw new Error('a mistake'); })")
+    page.goto(f"{address}/mine")
+    assert any("a mistake" in w for w in nothing_wrong)
+    nothing_wrong.clear()
+    page.goto("data:text/html,<img src='http://127.0.0.1:9/pixel.png'>")
+    assert "asked for http://127.0.0.1:9/pixel.png" in nothing_wrong
+    nothing_wrong.clear()
     page.context.close()
