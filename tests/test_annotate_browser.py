@@ -313,6 +313,11 @@ def test_a_ranking(chromium: Browser, compared: Any) -> None:
     page.keyboard.press("2")
     page.keyboard.press("z")
     page.locator(".option >> nth=1").click()
+    widths = []
+    for key in ("0", "+", "+", "-", "0"):
+        page.keyboard.press(key)
+        widths.append(round(page.locator(".option").first.evaluate("e => e.getBoundingClientRect().width")))
+    assert widths[0] < widths[1] < widths[2] and widths[3:] == [widths[1], widths[0]]
     b.shoot(page, "choice")
     b.shoot(page, "choice", phone=True)
     page.keyboard.press("Control+Enter")

@@ -160,7 +160,7 @@ def test_a_finger_moves_a_point(chromium: Browser, plain: Any) -> None:
 
 
 def test_overlapping_disks_of_one_rater_are_one_rater(chromium: Browser, plain: Any) -> None:
-    """Colours are read off the screen: two disks of one rater, artifacts left and misalignment right of them; then one disk of two raters."""
+    """Colours are read off the screen: two disks of one rater, artifacts left and misalignment right; then one disk of two raters."""
     study, database, address = plain
     both = {"artifact": [[0.2, 0.5], [0.25, 0.5]], "misalignment": [[0.6, 0.5], [0.65, 0.5]]}
     again = {"artifact": [[0.2, 0.5]], "misalignment": []}
@@ -209,4 +209,148 @@ def test_what_is_fetched_from_elsewhere_is_seen_and_refused(chromium: Browser, p
     page.goto("data:text/html,<img src='http://127.0.0.1:9/pixel.png'>")
     assert "asked for http://127.0.0.1:9/pixel.png" in nothing_wrong
     nothing_wrong.clear()
+    page.context.close()
+
+
+CONTRAST = """() => {
+    // Every text that shows, with the ratio of its colour to what it stands on (WCAG 2.2). What is disabled need not be read.
+    const pen = Object.assign(document.createElement('canvas'), { width: 1, height: 1 }).getContext('2d', { willReadFrequently: true });
+    const rgba = (colour) => {
+        pen.clearRect(0, 0, 1, 1); pen.fillStyle = colour; pen.fillRect(0, 0, 1, 1);
+        const [r, g, b, a] = pen.getImageData(0, 0, 1, 1).data;
+        return [r, g, b, a / 255];
+    };
+    const over = ([r, g, b, a], under) => [r, g, b].map((v, i) => v * a + under[i] * (1 - a));
+    const light = (c) => [0.2126, 0.7152, 0.0722].reduce((sum, w, i) => {
+        const v = c[i] / 255;
+        return sum + w * (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    }, 0);
+    const found = [];
+    const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (walk.nextNode()) {
+        const text = walk.currentNode.textContent.trim();
+        const at = walk.currentNode.parentElement;
+        const shows = at.checkVisibility({ checkOpacity: true, checkVisibilityCSS: true });
+        if (!text || !shows || at.closest('script, noscript, :disabled, .skip-link')) continue;
+        const chain = [];
+        for (let e = at; e; e = e.parentElement) chain.unshift(e);
+        let ground = [255, 255, 255];
+        let opacity = 1;
+        for (const e of chain) {
+            const style = getComputedStyle(e);
+            opacity *= Number(style.opacity);
+            ground = over(rgba(style.backgroundColor), ground);
+        }
+        const ink = rgba(at instanceof SVGElement ? getComputedStyle(at).fill : getComputedStyle(at).color);
+        ink[3] *= opacity;
+        const [a, b] = [light(over(ink, ground)), light(ground)].sort((x, y) => y - x);
+        found.push([text.slice(0, 40), Math.round((a + 0.05) / (b + 0.05) * 100) / 100]);
+    }
+    return found;
+}"""
+
+
+def looks(page: Page, where: str) -> None:
+    """What everybody can read and name: contrast in both schemes; a name for all that can be used, as Chromium computes it."""
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme, reduced_motion="reduce")  # type: ignore[arg-type]
+        found = page.evaluate(CONTRAST)
+        assert len(found) > 3
+        assert [(where, scheme, *f) for f in found if f[1] < 4.5] == []
+    tree = page.context.new_cdp_session(page).send("Accessibility.getFullAXTree")["nodes"]
+    used = [n for n in tree if not n["ignored"] and n["role"]["value"] in USED]
+    assert used
+    assert [(where, n["role"]["value"], n.get("properties")) for n in used if not n["name"]["value"].strip()] == []
+
+
+USED = {"button", "link", "textbox", "radio", "checkbox", "combobox", "radiogroup", "progressbar", "dialog", "application", "image"}
+
+
+def test_contrast_and_names(chromium: Browser, plain: Any) -> None:
+    study, database, address = plain
+    page = b.visit(chromium, f"{address}/login")
+    looks(page, "login")
+    page.goto(server.invitation(study, database, "eyes", "rater", address))
+    looks(page, "join")
+    page.click("text=Begin")
+    page.wait_for_selector("#tour:not([hidden])")
+    looks(page, "tour")
+    page.keyboard.press("Escape")
+    for key in ("a", "m", "n", "1"):
+        page.keyboard.press(key)
+    page.locator("#prompt button").first.click()
+    page.click("#submit")
+    expect(page.locator("#problem")).to_contain_text("Not rated yet")
+    looks(page, "task")
+    for key in ("g", "k", "s"):
+        page.keyboard.press(key)
+        looks(page, f"dialog {key}")
+        page.keyboard.press("Escape")
+    for key in "2345":
+        page.keyboard.press(key)
+    page.keyboard.press("Control+Enter")
+    expect(page.locator("#saved")).to_have_text("Submitted")
+    page.goto(f"{address}/mine")
+    looks(page, "mine")
+    page.context.close()
+    page = b.begin(chromium, address, study, database, "boss", "admin")
+    page.click("text=Shut out >> nth=0")
+    expect(page.locator("tr.off")).to_have_count(1)
+    looks(page, "overview")
+    for where in ("gallery", "items/1"):
+        page.goto(f"{address}/admin/{where}")
+        looks(page, where)
+    page.context.close()
+
+
+def test_nothing_moves_for_those_who_ask_for_that(chromium: Browser, plain: Any) -> None:
+    study, database, address = plain
+    page = b.begin(chromium, address, study, database, "still")
+    page.wait_for_selector("#stage")
+    moving = """[...document.querySelectorAll('*')].filter(e => {
+        const s = getComputedStyle(e);
+        return parseFloat(s.transitionDuration) > 0 || s.animationName !== 'none' || s.scrollBehavior === 'smooth';
+    }).length"""
+    page.emulate_media(reduced_motion="no-preference")
+    assert page.evaluate(moving) > 5
+    page.emulate_media(reduced_motion="reduce")
+    assert page.evaluate(moving) == 0
+    page.context.close()
+
+
+def test_zoom(chromium: Browser, plain: Any) -> None:
+    study, database, address = plain
+    page = b.begin(chromium, address, study, database, "zoom")
+    page.click("#tourskip")
+
+    def size() -> float:
+        box = page.locator(".canvas").bounding_box()
+        assert box
+        return box["width"]
+
+    fits = size()
+    page.keyboard.press("-")
+    assert size() == fits  # smaller than the window helps nobody
+    page.click("[aria-label='Zoom in']")
+    assert size() == pytest.approx(1.5 * fits, abs=1)
+    page.keyboard.press("+")
+    assert size() == pytest.approx(2.25 * fits, abs=1)
+    stage, layer = page.locator("#stage").bounding_box(), page.locator("#stage svg").bounding_box()
+    assert stage and layer and layer["x"] < stage["x"]  # scrolled to the cursor, the middle
+    assert layer["x"] + layer["width"] / 2 == pytest.approx(stage["x"] + stage["width"] / 2, abs=12)
+    spot = (stage["x"] + stage["width"] * 0.3, stage["y"] + stage["height"] * 0.4)
+    page.mouse.click(*spot)
+    expected = [(spot[0] - layer["x"]) / layer["width"], (spot[1] - layer["y"]) / layer["height"]]
+    assert places(page)[0] == pytest.approx(expected, abs=0.003)
+    disk = page.evaluate("document.querySelector('#stage circle').getBBox().height / 240")
+    assert disk == pytest.approx(0.1)  # a twentieth of the height around it, whatever the zoom
+    page.keyboard.press("0")
+    assert size() == fits
+    for _ in range(9):
+        page.keyboard.press("+")
+    assert size() == pytest.approx(8 * fits, abs=2)
+    page.click("[aria-label='Fit the image']")
+    assert size() == fits
+    page.set_viewport_size({"width": 320, "height": 640})  # the browser's own zoom of 400 %
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
     page.context.close()

@@ -18,7 +18,7 @@ export function makeStage(image, hooks) {
   const stage = document.createElement('div');
   const canvas = document.createElement('div');
   const picture = document.createElement('img');
-  const layer = svg('svg', { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: 'none' });
+  const layer = svg('svg', { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: 'none', 'aria-hidden': 'true' });
   const marks = svg('g');
   const cross = svg('g', { class: 'cursor' });
   let cursor = [0.5, 0.5];
