@@ -33,8 +33,8 @@ SHOTS = os.environ.get("LIMNER_SCREENSHOTS", "")  # a folder to put pictures of 
 wrong: list[str] = []  # what the pages of a test did that no page may
 
 
-def shoot(page: Any, name: str, phone: bool = False) -> None:
-    """Picture the page for docs/, if asked to: as it is, or as a phone shows it."""
+def shoot(page: Any, name: str, phone: bool = False, whole: bool = False) -> None:
+    """Picture the page for docs/, if asked to: as it is, or as a phone shows it; whole, or what the window shows of it."""
     if not SHOTS:
         return
     Path(SHOTS).mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def shoot(page: Any, name: str, phone: bool = False) -> None:
         page.set_viewport_size({"width": 390, "height": 844})
     page.wait_for_timeout(400)
     path = Path(SHOTS) / f"{name}{'-phone' if phone else ''}.png"
-    page.screenshot(path=path)
+    page.screenshot(path=path, full_page=whole)
     with Image.open(path) as image:
         small = image.convert("RGB").quantize(200)  # a third of the bytes
     small.save(path, optimize=True)

@@ -60,6 +60,7 @@ def test_a_rich_item_by_mouse(chromium: Browser, rich: Any, tmp_path: Path) -> N
     page.click("text=Begin")
     page.wait_for_selector("#stage")
     b.shoot(page, "tour")
+    b.shoot(page, "tour", phone=True)
     for _ in range(5):
         page.click("#tournext")
     expect(page.locator("#tour")).to_be_hidden()
@@ -96,8 +97,10 @@ def test_a_rich_item_by_mouse(chromium: Browser, rich: Any, tmp_path: Path) -> N
     b.shoot(page, "rich", phone=True)
     page.click("[data-action=guide]")
     b.shoot(page, "guidelines")
+    b.shoot(page, "guidelines", phone=True)
     page.keyboard.press("Escape")
     page.click("[data-action=keys]")
+    assert page.evaluate("(e => e.scrollHeight <= e.clientHeight)(document.getElementById('keys'))")  # all keys at a glance
     b.shoot(page, "keys")
     page.keyboard.press("Escape")
     page.click("#submit")
@@ -248,7 +251,11 @@ def test_the_admin_sees_it(chromium: Browser, rich: Any) -> None:
                 s.answer(rater, s.rich([[0.5, 0.4 + n / 50]], [2], 2 + (n + len(name)) % 3), f"fill-{name}-{n}", seconds=20 + n)
     page = b.begin(chromium, address, study, database, "boss", "admin")
     expect(page.locator("h1")).to_have_text("Overview")
-    b.shoot(page, "admin")
+    ends = "c => [...c.querySelectorAll('text, polyline')].map(e => [e.tagName, e.getBBox().x, e.getBBox().x + e.getBBox().width])"
+    drawn = page.locator(".chart").nth(1).evaluate(ends)
+    curves, labels = [d for d in drawn if d[0] == "polyline"], [d for d in drawn if d[0] == "text"][:2]
+    assert curves and max(label[2] for label in labels) < min(curve[1] for curve in curves)  # beside them, not under
+    b.shoot(page, "admin", whole=True)
     b.shoot(page, "admin", phone=True)
     page.fill("input[name=name]", "new one")
     page.click("text=New invitation")

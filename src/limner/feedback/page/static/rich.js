@@ -137,7 +137,7 @@ export function build(item, page) {
     ...[1, 2, 3, 4, 5].map((v) => [`rate${v}`, `Rate ${v}`, String(v), () => rate(active, v)]),
     ['zoom-in', 'Zoom in', '+', stage.zoomIn], ['zoom-out', 'Zoom out', '-', stage.zoomOut], ['zoom-fit', 'Fit the image', '0', stage.zoomFit],
   ];
-  const tour = [['#stage', 'Look at the image. A left click marks an artifact, a right click what contradicts the prompt. Drag a point to move it.'],
+  const tour = [['#stage', 'Look at the image. A click or tap marks what is chosen above it, a right click the other: an artifact, or what contradicts the prompt. Drag a point to move it.'],
     ['#words', 'Read the prompt and click the words that the image does not show.'], ['#points', 'If nothing is wrong, say so: that differs from not having looked.'],
     ['#ratings', 'Then rate, from 1 to 5.']];
   return { element, draw, actions, tour, fit: stage.fit };
