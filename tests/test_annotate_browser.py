@@ -5,7 +5,6 @@ LIMNER_SCREENSHOTS=docs/annotate python -m pytest tests/test_annotate_browser.py
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,67 +16,32 @@ import pytest
 pytest.importorskip("playwright", reason="needs playwright (pip install playwright)")
 pytest.importorskip("sqlmodel", reason="needs the extra `annotate`")
 
-from PIL import Image, ImageDraw
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 from sqlalchemy import select
 
 import browser as b
 import study as s
 from limner.feedback import answers, exports, progress, server
-from limner.feedback.database import Answer, Draft, reading
+from limner.feedback.database import Draft, reading
 from limner.feedback.exchange import read_rows
 
 expect.set_options(timeout=30_000)  # a machine may be busy
 pytestmark = pytest.mark.skipif(not b.CHROMIUM, reason=b.WHY_NOT)
+nothing_wrong = b.nothing_wrong
 PROMPT = "a woman kneeling in a park, wearing a red shirt"  # a0 woman1 kneeling2 in3 a4 park5 wearing6 a7 red8 shirt9
-
-
-def picture(seed: int, side: int = 240) -> bytes:
-    """A figure of sorts; for the pictures in docs/ one of the embedded world."""
-    if b.SHOTS:
-        from limner.figures import make
-
-        (drawn,) = make.draw("raters", seed, seed + 1, defects=True)
-        return make.row("raters", drawn)["defective_image"]
-    rng = np.random.default_rng(seed)
-    image = Image.new("RGB", (side, side), tuple(rng.integers(120, 230, 3).tolist()))
-    draw = ImageDraw.Draw(image)
-    draw.ellipse((side * 0.4, side * 0.1, side * 0.6, side * 0.3), fill=(224, 172, 140))
-    draw.rectangle((side * 0.38, side * 0.3, side * 0.62, side * 0.8), fill=tuple(rng.integers(0, 255, 3).tolist()))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=b.CHROMIUM, args=b.FLAGS)
+    with b.started() as browser:
         yield browser
-        browser.close()
-
-
-def begin(chromium: Browser, address: str, study: Any, database: Any, name: str, role: str = "rater", **context: Any) -> Page:
-    """A browser of somebody who has just used their invitation. Any error in the page fails the test."""
-    page = chromium.new_context(viewport={"width": 1280, "height": 800}, **context).new_page()
-    page.set_default_timeout(60_000)
-    page.on("pageerror", lambda error: pytest.fail(f"error in the page: {error}"))
-    page.goto(server.invitation(study, database, name, role, address))
-    page.click("text=Begin")
-    page.wait_for_load_state()
-    return page
-
-
-def stored(database: Any) -> list[tuple[Answer, dict[str, Any]]]:
-    with reading(database) as session:
-        return [(a, json.loads(a.payload)) for a in session.execute(select(Answer).order_by(Answer.created)).scalars()]
 
 
 @pytest.fixture(scope="module")
 def rich(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any, str]]:
     folder = tmp_path_factory.mktemp("rich")
     names = [f"i{n}" for n in range(6)]
-    s.image_folder(folder / "images", dict.fromkeys(names, PROMPT), {n: picture(i) for i, n in enumerate(names)})
+    s.image_folder(folder / "images", dict.fromkeys(names, PROMPT), {n: b.picture(i) for i, n in enumerate(names)})
     study = s.study_of(folder, {"name": "Figures in the park", "overlap": 2})
     database = server.prepare(study)
     with server.serving(study, database) as address:
@@ -86,9 +50,7 @@ def rich(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any, s
 
 def test_a_rich_item_by_mouse(chromium: Browser, rich: Any, tmp_path: Path) -> None:
     study, database, address = rich
-    page = chromium.new_context(viewport={"width": 1280, "height": 800}).new_page()
-    page.set_default_timeout(60_000)
-    page.goto(f"{address}/login")
+    page = b.visit(chromium, f"{address}/login")
     b.shoot(page, "login")
     b.shoot(page, "login", phone=True)
     page.goto(server.invitation(study, database, "mouse", "rater", address))
@@ -98,6 +60,7 @@ def test_a_rich_item_by_mouse(chromium: Browser, rich: Any, tmp_path: Path) -> N
     page.click("text=Begin")
     page.wait_for_selector("#stage")
     b.shoot(page, "tour")
+    b.shoot(page, "tour", phone=True)
     for _ in range(5):
         page.click("#tournext")
     expect(page.locator("#tour")).to_be_hidden()
@@ -134,13 +97,15 @@ def test_a_rich_item_by_mouse(chromium: Browser, rich: Any, tmp_path: Path) -> N
     b.shoot(page, "rich", phone=True)
     page.click("[data-action=guide]")
     b.shoot(page, "guidelines")
+    b.shoot(page, "guidelines", phone=True)
     page.keyboard.press("Escape")
     page.click("[data-action=keys]")
+    assert page.evaluate("(e => e.scrollHeight <= e.clientHeight)(document.getElementById('keys'))")  # all keys at a glance
     b.shoot(page, "keys")
     page.keyboard.press("Escape")
     page.click("#submit")
     expect(page.locator("#saved")).to_have_text("Submitted")
-    ((answer, payload),) = stored(database)
+    ((answer, payload),) = b.stored(database)
     points = payload["points"]
     assert np.array(points["artifact"]) == pytest.approx(np.array([[0.5, 0.4], [0.4, 0.5]]), abs=0.01)
     assert np.array(points["misalignment"]) == pytest.approx(np.array([[0.6, 0.7]]), abs=0.01)
@@ -158,16 +123,35 @@ def test_a_rich_item_by_mouse(chromium: Browser, rich: Any, tmp_path: Path) -> N
     page.locator("input[name=overall][value='5']").check()
     page.click("#submit")
     page.wait_for_url("**/mine")
-    assert [(a.revision, p["ratings"]["overall"]) for a, p in stored(database)] == [(1, 1), (2, 5)]
+    assert [(a.revision, p["ratings"]["overall"]) for a, p in b.stored(database)] == [(1, 1), (2, 5)]
     page.context.close()
 
 
+def to(page: Page, selector: str) -> None:
+    """Press Tab until what is wanted has the focus."""
+    for _ in range(60):
+        if page.evaluate("selector => document.activeElement.matches(selector)", selector):
+            return
+        page.keyboard.press("Tab")
+    pytest.fail(f"Tab does not come to {selector}")
+
+
 def test_a_rich_item_by_keys_alone(chromium: Browser, rich: Any) -> None:
+    """Nothing but page.keyboard acts on the page, from the invitation on."""
     study, database, address = rich
-    page = begin(chromium, address, study, database, "keys")
-    page.wait_for_selector("#stage")
-    page.locator("#tourskip").press("Enter")
+    page = b.visit(chromium, server.invitation(study, database, "keys", "rater", address))
     key = page.keyboard.press
+    to(page, "input[name=password]")
+    page.keyboard.type("a long password")
+    to(page, "button.primary")
+    key("Enter")
+    page.wait_for_selector("#tour:not([hidden])")
+    for n in range(5):
+        expect(page.locator("#tournext")).to_be_focused()
+        expect(page.locator("#tournext")).to_have_text("Begin" if n == 4 else "Next")
+        key("Enter")
+    expect(page.locator("#tour")).to_be_hidden()
+    expect(page.locator("#main")).to_be_focused()
     for _ in range(4):
         key("Shift+ArrowUp")  # from the middle: y 0.5 - 4 * 0.05
     key("a")
@@ -193,32 +177,35 @@ def test_a_rich_item_by_keys_alone(chromium: Browser, rich: Any) -> None:
     key("y")  # the last rating away, and back
     key("Control+Enter")
     expect(page.locator("#saved")).to_have_text("Submitted")
-    answer, payload = stored(database)[-1]
+    answer, payload = b.stored(database)[-1]
     assert payload["points"] == {"artifact": [[0.49, 0.3]], "misalignment": [[0.52, 0.3]]}
     assert payload["words"] == {"misaligned": [2]}
     assert payload["ratings"] == {"plausibility": 4, "alignment": 2, "aesthetics": 3, "overall": 5}
     # The next: nothing is wrong. One key is bound anew first.
     key("k")
-    page.locator("[data-key=nothing-image]").press("Enter")
+    to(page, "[data-key=nothing-image]")
+    key("Enter")
     key("f")
     expect(page.locator("[data-key=nothing-image]")).to_have_text("F")
+    expect(page.locator("[data-key=nothing-image]")).to_be_focused()
     key("Escape")
     key("f")
     key("c")
     for value in "5555":
         key(value)
     key("s")
-    page.locator("input[name=other]").fill("on second thoughts")
-    page.locator("input[name=other]").press("Enter")
+    to(page, "input[name=other]")
+    page.keyboard.type("on second thoughts")
+    key("Enter")
     expect(page.locator("#saved")).to_have_text("Submitted")
-    skipped = stored(database)[-1][0]
+    skipped = b.stored(database)[-1][0]
     assert skipped.skipped == "on second thoughts" and skipped.rater_id == answer.rater_id
     page.context.close()
 
 
 def test_by_touch_on_a_phone(chromium: Browser, rich: Any) -> None:
     study, database, address = rich
-    page = begin(chromium, address, study, database, "phone", has_touch=True, is_mobile=True)
+    page = b.begin(chromium, address, study, database, "phone", has_touch=True, is_mobile=True)
     page.set_viewport_size({"width": 390, "height": 844})
     page.wait_for_selector("#stage")
     page.tap("#tourskip")
@@ -233,7 +220,7 @@ def test_by_touch_on_a_phone(chromium: Browser, rich: Any) -> None:
         page.locator(f"label:has(input[name={question}][value='3'])").tap()
     page.tap("#submit")
     expect(page.locator("#saved")).to_have_text("Submitted")
-    payload = stored(database)[-1][1]
+    payload = b.stored(database)[-1][1]
     assert payload["points"]["artifact"][0] == pytest.approx([0.5, 0.25], abs=0.01)
     assert payload["points"]["misalignment"][0] == pytest.approx([0.25, 0.5], abs=0.01)
     page.context.close()
@@ -241,7 +228,7 @@ def test_by_touch_on_a_phone(chromium: Browser, rich: Any) -> None:
 
 def test_signed_out_in_mid_draft_loses_nothing(chromium: Browser, rich: Any) -> None:
     study, database, address = rich
-    page = begin(chromium, address, study, database, "expired")
+    page = b.begin(chromium, address, study, database, "expired")
     page.click("#tourskip")
     page.context.clear_cookies()
     page.keyboard.press("a")
@@ -262,9 +249,13 @@ def test_the_admin_sees_it(chromium: Browser, rich: Any) -> None:
         for n in range(6):
             if rater.get("/api/task").json()["item"]:
                 s.answer(rater, s.rich([[0.5, 0.4 + n / 50]], [2], 2 + (n + len(name)) % 3), f"fill-{name}-{n}", seconds=20 + n)
-    page = begin(chromium, address, study, database, "boss", "admin")
+    page = b.begin(chromium, address, study, database, "boss", "admin")
     expect(page.locator("h1")).to_have_text("Overview")
-    b.shoot(page, "admin")
+    ends = "c => [...c.querySelectorAll('text, polyline')].map(e => [e.tagName, e.getBBox().x, e.getBBox().x + e.getBBox().width])"
+    drawn = page.locator(".chart").nth(1).evaluate(ends)
+    curves, labels = [d for d in drawn if d[0] == "polyline"], [d for d in drawn if d[0] == "text"][:2]
+    assert curves and max(label[2] for label in labels) < min(curve[1] for curve in curves)  # beside them, not under
+    b.shoot(page, "admin", whole=True)
     b.shoot(page, "admin", phone=True)
     page.fill("input[name=name]", "new one")
     page.click("text=New invitation")
@@ -294,7 +285,7 @@ def compared(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[A
 
     def step(name: str, count: int, start: int) -> str:
         rows = [
-            Row(id=f"{name}{p}-{k}", prompt_id=f"p{p}", text=PROMPT, image=picture(start + p * count + k), k=k)
+            Row(id=f"{name}{p}-{k}", prompt_id=f"p{p}", text=PROMPT, image=b.picture(start + p * count + k), k=k)
             for p in range(3)
             for k in range(count)
         ]
@@ -317,7 +308,7 @@ def compared(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[A
 @pytest.mark.parametrize("compared", [{"task": "choice", "answer": "ranking"}], indirect=True)
 def test_a_ranking(chromium: Browser, compared: Any) -> None:
     study, database, address = compared
-    page = begin(chromium, address, study, database, "anna")
+    page = b.begin(chromium, address, study, database, "anna")
     page.click("#tourskip")
     shown = [i["src"].rsplit("/", 1)[1] for i in page.locator(".option img").evaluate_all("all => all.map(i => ({src: i.src}))")]
     page.locator(".option >> nth=2").click()
@@ -329,11 +320,16 @@ def test_a_ranking(chromium: Browser, compared: Any) -> None:
     page.keyboard.press("2")
     page.keyboard.press("z")
     page.locator(".option >> nth=1").click()
+    widths = []
+    for key in ("0", "+", "+", "-", "0"):
+        page.keyboard.press(key)
+        widths.append(round(page.locator(".option").first.evaluate("e => e.getBoundingClientRect().width")))
+    assert widths[0] < widths[1] < widths[2] and widths[3:] == [widths[1], widths[0]]
     b.shoot(page, "choice")
     b.shoot(page, "choice", phone=True)
     page.keyboard.press("Control+Enter")
     expect(page.locator("#saved")).to_have_text("Submitted")
-    payload = stored(database)[0][1]
+    payload = b.stored(database)[0][1]
     assert payload["images"] == shown and payload["ranks"] == [2, 3, 1, 2]
     (given,) = answers.given(study, database)
     choice = given.found["choice"]
@@ -347,7 +343,7 @@ def test_side_by_side(chromium: Browser, compared: Any) -> None:
     study, database, address = compared
     sides = []
     for name in ("anna", "bert"):
-        page = begin(chromium, address, study, database, name)
+        page = b.begin(chromium, address, study, database, name)
         page.click("#tourskip")
         page.locator("button", has_text="A is better").click()
         page.locator("button", has_text="B is much better").click()

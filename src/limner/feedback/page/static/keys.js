@@ -53,6 +53,7 @@ export function bind(actions, mine, save) {
 
   function list() {
     const box = document.getElementById('keylist');
+    const at = box.contains(document.activeElement) && document.activeElement.dataset.key;
     box.replaceChildren(...actions.map(([id, text]) => {
       const row = document.createElement('div');
       const name = document.createElement('span');
@@ -63,10 +64,11 @@ export function bind(actions, mine, save) {
       button.classList.toggle('waiting', id === waiting);
       button.setAttribute('aria-label', `Key for: ${text}, now ${shown(keyOf(id))}`);
       button.dataset.key = id;
-      button.addEventListener('click', () => { waiting = id; list(); box.querySelector(`[data-key="${id}"]`).focus(); });
+      button.addEventListener('click', () => { waiting = id; button.focus(); list(); });
       row.append(name, button);
       return row;
     }));
+    if (at) box.querySelector(`[data-key="${at}"]`)?.focus();
     document.querySelectorAll('kbd[data-for]').forEach((k) => { k.textContent = shown(keyOf(k.dataset.for) ?? ''); });
   }
 

@@ -13,24 +13,25 @@ export const empty = () => ({
   points: { artifact: [], misalignment: [] }, words: { misaligned: [] }, ratings: {}, nothing: { image: false, prompt: false },
 });
 
-/** Builds the view of an item; `page` has state(), commit(next, what, merge) and config. Returns {element, draw, actions}. */
+/** Builds the view of an item; `page` has state(), commit(next, what, step), rest() and config. Returns {element, draw, actions}. */
 export function build(item, page) {
   const { questions } = page.config;
   let left = 'artifact';
   let active = 0;
-  const change = (edit, what, merge) => {
+  const change = (edit, what, step) => {
     const next = structuredClone(page.state());
     edit(next);
-    page.commit(next, what, merge);
+    page.commit(next, what, step);
   };
   const stage = makeStage(item.images[0], {
     points: () => page.state().points,
     left: () => left,
-    change: (points, what, merge) => change((s) => {
+    rest: page.rest,
+    change: (points, what, step) => change((s) => {
       s.points = points;
       if (points.artifact.length) s.nothing.image = false;
       if (points.misalignment.length) s.nothing.prompt = false;
-    }, what, merge),
+    }, what, step),
   });
 
   const sides = MARKS.map((mark) => {
@@ -136,7 +137,7 @@ export function build(item, page) {
     ...[1, 2, 3, 4, 5].map((v) => [`rate${v}`, `Rate ${v}`, String(v), () => rate(active, v)]),
     ['zoom-in', 'Zoom in', '+', stage.zoomIn], ['zoom-out', 'Zoom out', '-', stage.zoomOut], ['zoom-fit', 'Fit the image', '0', stage.zoomFit],
   ];
-  const tour = [['#stage', 'Look at the image. A left click marks an artifact, a right click what contradicts the prompt. Drag a point to move it.'],
+  const tour = [['#stage', 'Look at the image. A click or tap marks what is chosen above it, a right click the other: an artifact, or what contradicts the prompt. Drag a point to move it.'],
     ['#words', 'Read the prompt and click the words that the image does not show.'], ['#points', 'If nothing is wrong, say so: that differs from not having looked.'],
     ['#ratings', 'Then rate, from 1 to 5.']];
   return { element, draw, actions, tour, fit: stage.fit };

@@ -11,14 +11,14 @@ const clamp = (v) => Math.min(Math.max(v, 0), 1);
 const round = (v) => Math.round(v * 1e4) / 1e4;
 
 /**
- * hooks: points() -> {artifact, misalignment}; change(points, what) makes a new state; left() -> which mark the left button makes.
+ * hooks: points() -> {artifact, misalignment}; change(points, what, step) makes a new state, rest() ends a movement; left() -> which mark the left button makes.
  */
 export function makeStage(image, hooks) {
   const { width, height } = image;
   const stage = document.createElement('div');
   const canvas = document.createElement('div');
   const picture = document.createElement('img');
-  const layer = svg('svg', { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: 'none' });
+  const layer = svg('svg', { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: 'none', 'aria-hidden': 'true' });
   const marks = svg('g');
   const cross = svg('g', { class: 'cursor' });
   let cursor = [0.5, 0.5];
@@ -70,7 +70,7 @@ export function makeStage(image, hooks) {
     if (!chosen) { draw(); return; }
     const points = copy();
     points[chosen[0]][chosen[1]] = to;
-    hooks.change(points, `move ${chosen[0]}`, true);
+    hooks.change(points, `move ${chosen[0]}`, chosen.join(' '));
   }
   function choose(by) {
     const all = MARKS.flatMap((m) => hooks.points()[m].map((_, i) => [m, i]));
@@ -78,6 +78,7 @@ export function makeStage(image, hooks) {
     const now = chosen ? all.findIndex(([m, i]) => m === chosen[0] && i === chosen[1]) : (by > 0 ? -1 : 0);
     chosen = all[(now + by + all.length) % all.length];
     cursor = hooks.points()[chosen[0]][chosen[1]];
+    hooks.rest();
     stage.classList.add('keyed');
     draw();
   }
@@ -120,9 +121,10 @@ export function makeStage(image, hooks) {
     if (on) {
       if (event.button === 0) {
         chosen = [on, Number(event.target.dataset.number)];
+        hooks.rest();
         drag = { from: at, moved: false, points: copy() };
         layer.setPointerCapture(event.pointerId);
-        draw();
+        for (const c of marks.children) c.classList.toggle('chosen', c === event.target); // a touch is lost with the circle that it began on
       }
       return;
     }
@@ -130,6 +132,8 @@ export function makeStage(image, hooks) {
     if (event.button === 0) add(hooks.left(), at);
     if (event.button === 2) add(MARKS.find((m) => m !== hooks.left()), at);
   });
+  // A finger on a point moves the point, not the page. (Chromium leaves touch-action on a circle unheeded.)
+  layer.addEventListener('touchstart', (event) => { if (event.target.dataset?.mark) event.preventDefault(); }, { passive: false });
   layer.addEventListener('pointermove', (event) => {
     if (!drag || drag.tap) return;
     const at = place(event);
@@ -151,7 +155,7 @@ export function makeStage(image, hooks) {
   return {
     element: stage, draw, fit, remove, move, choose,
     put: (mark) => { stage.classList.add('keyed'); add(mark, [...cursor]); },
-    deselect: () => { chosen = null; draw(); },
+    deselect: () => { chosen = null; hooks.rest(); draw(); },
     zoomIn: () => setZoom(zoom * 1.5), zoomOut: () => setZoom(zoom / 1.5), zoomFit: () => setZoom(1),
     hasChosen: () => chosen !== null,
   };

@@ -12,6 +12,7 @@ const EVENTS = 400; // at most so many are kept of an item: what was done, and w
 let task = null; let view = null; let past = []; let future = []; let now = null;
 let events = []; let shownAt = 0; let seconds = 0; let version = 0; let busy = false;
 let actions = []; let keys = null; let pending = null;
+let moving = ''; // what is being moved, step by step: its steps are undone together
 
 const tell = (text) => { $('problem').textContent = text; };
 function saved(text, kind = '') { $('saved').textContent = text; $('saved').className = `saved ${kind}`; }
@@ -34,16 +35,18 @@ const draft = saver(async () => {
 const page = {
   config,
   state: () => now,
-  /** merge: part of one movement with the change before, undone together. */
-  commit(next, what, merge = false) {
+  /** step: the name of what is moved, if the change is a step of a movement: undone together with the steps before. */
+  commit(next, what, step = '') {
     if (busy) return;
-    const last = events[events.length - 1];
-    if (!(merge && last && last[1] === what)) past.push(now);
+    if (!step || step !== moving) past.push(now);
+    moving = step;
     future = [];
     now = next;
-    if (events.length < EVENTS) events.push([Math.round(spent() * 1000), what]);
+    log(what);
     changed();
   },
+  /** The next step begins another movement. */
+  rest() { moving = ''; },
 };
 
 function changed() {
@@ -57,8 +60,9 @@ function changed() {
   backup.write(config.person, task.item.id, { state: now, events, seconds: spent(), base: task.revision, version });
   draft.soon();
 }
-function undo() { if (past.length && !busy) { future.push(now); now = past.pop(); events.push([Math.round(spent() * 1000), 'undo']); changed(); } }
-function redo() { if (future.length && !busy) { past.push(now); now = future.pop(); events.push([Math.round(spent() * 1000), 'redo']); changed(); } }
+function log(what) { if (events.length < EVENTS) events.push([Math.round(spent() * 1000), what]); }
+function undo() { if (past.length && !busy) { future.push(now); now = past.pop(); page.rest(); log('undo'); changed(); } }
+function redo() { if (future.length && !busy) { past.push(now); now = future.pop(); page.rest(); log('redo'); changed(); } }
 
 function signedOut() {
   saved('Signed out', 'bad');
@@ -95,7 +99,7 @@ function show(found) {
   const local = kept && kept.base === task.revision && kept.version >= task.version ? kept : null;
   const { events: before = [], seconds: spentBefore = 0, ...from } = local ? { ...local.state, events: local.events, seconds: local.seconds } : (task.draft ?? task.answer ?? {});
   now = { ...fresh, ...from };
-  past = []; future = []; pending = null; version = task.version;
+  past = []; future = []; moving = ''; pending = null; version = task.version;
   events = [...before]; seconds = spentBefore; shownAt = performance.now();
   view = { rich: buildRich, choice: buildChoice, side: buildSide }[config.task](task.item, page);
   $('task').replaceChildren(view.element);
@@ -163,8 +167,9 @@ function gold(found) {
 function tour(steps) {
   const all = [...steps, ['#bar', 'Everything is saved as you work; you may close the page at any time. Submit when you are done; every key is listed under “Keys”.']];
   let at = 0;
+  const from = document.activeElement;
   const clear = () => document.querySelectorAll('.spot').forEach((e) => e.classList.remove('spot'));
-  const end = () => { clear(); $('tour').hidden = true; settings.tour = true; call('/api/settings', settings).catch(() => {}); };
+  const end = () => { clear(); $('tour').hidden = true; (from === document.body ? $('main') : from).focus({ preventScroll: true }); settings.tour = true; call('/api/settings', settings).catch(() => {}); };
   const step = () => {
     clear();
     if (at === all.length) { end(); return; }
@@ -172,12 +177,16 @@ function tour(steps) {
     $('tourtext').textContent = all[at][1];
     $('tournext').textContent = at === all.length - 1 ? 'Begin' : 'Next';
     $('tour').hidden = false;
+    $('tournext').focus({ preventScroll: true });
     at += 1;
   };
   $('tournext').onclick = step;
   $('tourskip').onclick = end;
   step();
 }
+document.addEventListener('keydown', (event) => {
+  if (event.key === 'Escape' && !$('tour').hidden && !document.querySelector('dialog[open]')) $('tourskip').click();
+});
 
 function askSkip() { if (!task || config.role === 'admin') return; $('skipping').returnValue = ''; $('skipping').showModal(); }
 $('noskip').addEventListener('click', () => $('skipping').close('back'));
