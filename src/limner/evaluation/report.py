@@ -147,7 +147,7 @@ def sheet(images: Mapping[str, Sequence[bytes]], prompts: Sequence[str], path: P
     for model, items in images.items():
         if len(items) != len(prompts):
             raise ValueError(f"sheet: {len(items)} images of {model} for {len(prompts)} prompts")
-    gap, head, left = 6, 24, 160
+    gap, head, left = 6, 24, 176
     page = PIL.Image.new("RGB", (left + len(images) * (tile + gap) + gap, head + len(prompts) * (tile + gap)), "white")
     draw, font = PIL.ImageDraw.Draw(page), PIL.ImageFont.load_default(13)
     for row, prompt in enumerate(prompts):
