@@ -36,7 +36,7 @@ def small(recipe_path: Path, parts: Path, out: Path) -> list[str]:
         "sampler.num_inference_steps": 2, "sampler.batch_size": 8, "pool.images_per_prompt": 3, "evaluate.diversity_prompts": 0,
         "evaluate.reader": "", **{f"data.{s}": parts / "photos" for s in ("train", "validation", "test")},
     }  # fmt: skip
-    for name in recipe.scorers:
+    for name in (n for n, s in recipe.scorers.items() if s.kind != "sum"):
         options |= {f"scorers.{name}.kind": "clip", f"scorers.{name}.path": parts / "scorer"}
     for name in recipe.stages:
         learn = f"stages.{name}.learn"

@@ -181,7 +181,7 @@ def test_a_sure_small_gain_does_not_show_as_equal_numbers(capsys: pytest.Capture
 def test_sheet(tmp_path: Path) -> None:
     sheet({"base": [png(0), png(1)], "hard": [png(2), png(3, 700)]}, PROMPTS[:2], tmp_path / "sheet.png", tile=64)
     with Image.open(tmp_path / "sheet.png") as page:
-        assert page.size == (160 + 2 * 70 + 6, 24 + 2 * 70)
+        assert page.size == (176 + 2 * 70 + 6, 24 + 2 * 70)
         assert page.getpixel((160 + 6 + 32, 24 + 32)) != (255, 255, 255)
     with pytest.raises(ValueError, match="1 images of hard for 2 prompts"):
         sheet({"hard": [png(0)]}, PROMPTS[:2], tmp_path / "sheet.png")
