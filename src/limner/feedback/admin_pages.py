@@ -16,7 +16,6 @@ from sqlmodel import col
 from limner.feedback import accounts, answers, exports, progress
 from limner.feedback.accounts import Person
 from limner.feedback.database import Answer, Item, Picture, Rater, reading
-from limner.feedback.payloads import MARKS
 from limner.feedback.richhf import tokens
 from limner.feedback.server import Site, admin, check_token, invitation, render, site_of
 
@@ -29,7 +28,7 @@ GALLERY = 24  # images a page
 @router.get("/admin")
 def admin_page(request: Request, person: Admin) -> Response:
     site = site_of(request)
-    return render(site, request, "admin.html", person, **_numbers(site), link="", bars=progress.bars, polyline=progress.polyline)
+    return render(site, request, "admin.html", person, **_numbers(site), link="", charts=progress)
 
 
 def _numbers(site: Site) -> dict[str, Any]:
@@ -69,8 +68,7 @@ def _item_view(site: Site, group: list[answers.Given]) -> dict[str, Any]:
     view: dict[str, Any] = {"id": first.item_id, "key": first.key, "text": first.text, "raters": len(group), "group": group}
     view["pictures"] = [pictures[t] for t in first.pictures]
     if site.study.task == "rich":  # what was imported may lack a kind
-        points, words, ratings = ([a.found[kind] for a in group if kind in a.found] for kind in ("points", "words", "ratings"))
-        view["marks"] = [(mark, x, y) for p in points for mark in MARKS for x, y in p[mark]]
+        words, ratings = ([a.found[kind] for a in group if kind in a.found] for kind in ("words", "ratings"))
         view["words"] = [(word, sum(i in w["misaligned"] for w in words)) for i, word in enumerate(tokens(first.text))]
         rated = {q: [r[q] for r in ratings if q in r] for q in site.study.questions}
         view["ratings"] = [(q, sum(values) / len(values)) for q, values in rated.items() if values]
@@ -116,7 +114,7 @@ def invite(
     site = site_of(request)
     link = invitation(site.study, site.database, name.strip(), role, str(request.base_url).rstrip("/"))
     site.kept.clear()
-    return render(site, request, "admin.html", person, **_numbers(site), link=link, bars=progress.bars, polyline=progress.polyline)
+    return render(site, request, "admin.html", person, **_numbers(site), link=link, charts=progress)
 
 
 @router.post("/admin/block")

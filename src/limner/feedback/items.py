@@ -140,6 +140,10 @@ def _balanced(items: list[Item], images: Pictures, rng: np.random.Generator, dro
     known = [i for i in items if i.key in columns]
     if len(known) < len(items):
         dropped["not in images.table"] = len(items) - len(known)
+    valued = [i for i in known if all(columns[i.key].get(name) is not None for name in images.balance)]
+    if len(valued) < len(known):  # no value is not a kind of its own: being rare it would end the list
+        dropped["no value in images.table"] = len(known) - len(valued)
+        known = valued
     cuts: dict[str, np.ndarray] = {}
     for name in images.balance:
         numbers = {v for i in known if isinstance(v := columns[i.key].get(name), int | float)}
@@ -149,7 +153,9 @@ def _balanced(items: list[Item], images: Pictures, rng: np.random.Generator, dro
     cells: dict[tuple, list[Item]] = {}
     for item in known:
         row = columns[item.key]
-        cell = tuple(int(np.searchsorted(cuts[n], row[n])) if n in cuts and row.get(n) is not None else row.get(n) for n in images.balance)
+        cell = tuple(
+            int(np.searchsorted(cuts[n], row[n])) if n in cuts and isinstance(row[n], int | float) else row[n] for n in images.balance
+        )
         cells.setdefault(cell, []).append(item)
     names = sorted(cells, key=str)
     if not names:
@@ -171,9 +177,9 @@ def _read_columns(images: Pictures) -> dict[str, Mapping[str, Any]]:
         rows = list(scores.values())
     elif path.suffix == ".csv":
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
+            rows = [{k: v if k == "image_id" else _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
     elif path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        rows = list(_lines(path))
     elif path.suffix == ".parquet":
         rows = pq.read_table(path).to_pylist()
     else:
@@ -181,11 +187,20 @@ def _read_columns(images: Pictures) -> dict[str, Mapping[str, Any]]:
     for name in ("image_id", *images.balance):
         if not rows or not any(name in row for row in rows):
             raise ValueError(f"images.table: {path}: no column {name}; found {', '.join(rows[0]) if rows else 'no rows'}")
-    return {str(row["image_id"]): row for row in rows}
+    return {str(row["image_id"]): row for row in rows if row.get("image_id") is not None}
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    for i, line in enumerate(path.read_text().splitlines(), 1):
+        if line.strip():
+            try:
+                yield dict(json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"images.table: {path}: line {i}: expected an object ({error})") from error
 
 
 def _number(text: Any) -> Any:
     try:
         return float(text)
     except (TypeError, ValueError):
-        return text
+        return text or None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -177,12 +177,23 @@ def _spread(group: Sequence[Given]) -> float:
     return 1 - float(np.mean([_alike(a, b) for a in group for b in group if a is not b]))
 
 
-def polyline(points: Sequence[tuple[float, float]], width: float, height: float, top: float = 1.0) -> str:
-    """Points as an SVG polyline's coordinates: x from the first to the last, y from 0 (below) to `top`."""
+def polyline(points: Sequence[tuple[float, float]], width: float, height: float, bottom: float = 0.0) -> str:
+    """Points as an SVG polyline's coordinates: x from the first to the last, y from `bottom` (below) to 1."""
     if not points:
         return ""
     low, high = points[0][0], max(points[-1][0], points[0][0] + 1)
-    return " ".join(f"{(x - low) / (high - low) * width:.1f},{height - max(min(y / top, 1), 0) * height:.1f}" for x, y in points)
+    return " ".join(f"{(x - low) / (high - low) * width:.1f},{from_top(y, height, bottom):.1f}" for x, y in points)
+
+
+def from_top(y: float, height: float, bottom: float = 0.0) -> float:
+    """How far below the top of a chart from `bottom` to 1 a value stands; on its edge if it is beyond."""
+    return (1 - max(min(y, 1.0), bottom)) / (1 - bottom) * height
+
+
+def chart_bottom(curves: Mapping[str, Sequence[tuple[float, float]]]) -> float:
+    """Where a chart of agreement ends below: at 0, or at -1 if raters agree less than by chance anywhere: drawn at 0 that would look like
+    chance."""
+    return -1.0 if any(y < 0 for points in curves.values() for _, y in points) else 0.0
 
 
 def bars(values: Sequence[float], width: float, height: float) -> list[tuple[float, float, float, float]]:

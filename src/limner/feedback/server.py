@@ -87,7 +87,9 @@ async def _error(site: Site, request: Request, error: Exception) -> Response:
         return JSONResponse({"error": text}, status, headers)
     if status == 401 and request.method == "GET":
         return RedirectResponse("/login", 303)
-    return render(site, request, "message.html", None, status=status, title="That did not work", text=text)
+    page = render(site, request, "message.html", None, status=status, title="That did not work", text=text)
+    page.headers.update(headers or {})
+    return page
 
 
 def site_of(request: Request) -> Site:

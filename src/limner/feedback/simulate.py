@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from limner import seeds
 from limner.feedback import client
-from limner.feedback.consolidate import RADIUS, heatmap
+from limner.feedback.consolidate import RADIUS, heatmap, majority_words, mean_rating
 from limner.feedback.payloads import QUESTIONS
 from limner.feedback.richhf import tokens
 from limner.feedback.study import Study
@@ -206,7 +206,7 @@ def run_raters(
 def recovery(
     answers: Sequence[Mapping[str, Mapping[str, Any]]], truths: Sequence[Truth], raters: Sequence[Sequence[int]]
 ) -> dict[str, float]:
-    """How well a choice of raters for each image recovers the truth.
+    """How well a choice of raters for each image recovers the truth, put together by what `consolidate` puts them together with.
 
     Args:
         answers: payloads by kind, of all raters and images.
@@ -226,11 +226,11 @@ def recovery(
             found = heatmap([a["points"]["artifact"] for a in group], width, height, side=64)
             mask = _square(truth.artifact, 64)
             correlations.append(float(np.corrcoef(found.ravel(), mask.ravel())[0, 1]) if np.ptp(found) else 0.0)
-        count = len(group[0]["words"]["tokens"])
-        wrong = {i for i in range(count) if 2 * sum(i in a["words"]["misaligned"] for a in group) > len(group)}
+        labels = [[int(i not in a["words"]["misaligned"]) for i in range(len(a["words"]["tokens"]))] for a in group]
+        wrong = {i for i, label in enumerate(majority_words(labels)) if label == 0}
         hits, marked, true = hits + len(wrong & set(truth.words)), marked + len(wrong), true + len(truth.words)
         for q in QUESTIONS:
-            said[q].append(float(np.mean([a["ratings"][q] for a in group])))
+            said[q].append(mean_rating([a["ratings"][q] for a in group]))
     ratings = [np.corrcoef(said[q], [t.qualities[q] for t in truths])[0, 1] for q in QUESTIONS]
     return {"heatmap": float(np.mean(correlations)), "words": 2 * hits / max(marked + true, 1), "ratings": float(np.mean(ratings))}
 
