@@ -40,7 +40,7 @@ def test_two_processes_train_what_one_with_two_micro_batches_trains(tmp_path):
                 timeout=180,
                 env={**os.environ, "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "lo"},
             )
-            assert done.returncode == 0, done.stderr[-2000:]
+            assert done.returncode == 0, done.stderr
         logs.append([json.loads(line) for line in (tmp_path / name / "train/easy/log.jsonl").read_text().splitlines()])
         assert (tmp_path / name / "train/easy/adapter/pytorch_lora_weights.safetensors").is_file()
     # The first gradient tells: equal batches, equal noise, gradients averaged. Weights do not: Adam turns rounding into whole steps.

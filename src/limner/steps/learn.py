@@ -35,6 +35,7 @@ def train(run: Run, name: str) -> None:
         return
     _refuse_other(run, folder, identity)
     accelerator = make_accelerator()
+    main = accelerator is None or accelerator.is_main_process  # the one process that writes
     pipeline = run.fresh()
     pairs = prepare(pipeline, list(read_rows(run.out / "examples" / name, Example)), run.recipe.sampler.batch_size)
     start = _adapter_weights(run, stage.start) if stage.start else None
@@ -44,8 +45,9 @@ def train(run: Run, name: str) -> None:
     if learn.loss == "dpo":
         betas = equivalent_betas(learn.beta, pairs.winner[0].numel())
         print("  beta " + "; ".join(f"{v:g} per {k}" for k, v in betas.items()))
-    write_atomic(folder / "identity.json", json.dumps(identity, indent=1, sort_keys=True))
-    samples = _sampler_grid(run, pipeline, folder / "samples") if learn.sample_steps else None
+    if main:
+        write_atomic(folder / "identity.json", json.dumps(identity, indent=1, sort_keys=True))
+    samples = _sampler_grid(run, pipeline, folder / "samples") if learn.sample_steps and main else None
     if samples is None:  # pairs are prepared: from here on only the UNet is needed
         pipeline.release()
     else:
@@ -53,7 +55,7 @@ def train(run: Run, name: str) -> None:
     train_stage(
         pipeline, pairs, learn, folder, stage=name, seed=run.recipe.seed, start=start, samples=samples, accelerator=accelerator,
     )  # fmt: skip
-    if accelerator is not None and not accelerator.is_main_process:
+    if not main:
         return
     lora.save_lora(folder / "adapter", pipeline.unet, POLICY, metadata={"stage": name, "recipe": run.recipe.name, "base": pipeline.hash})
     grids = sorted((folder / "samples").glob("*.png"))
