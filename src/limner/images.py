@@ -83,7 +83,7 @@ def image_size(data: bytes, where: str = "image") -> tuple[int, int]:
             exif = Image.Image.getexif(image)  # the base class's: that of PNG decodes the pixels
             turned = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)  # by 90 degrees
             return (image.height, image.width) if turned else (image.width, image.height)
-    except Exception as error:
+    except Exception as error:  # as above
         raise _unreadable(where, error) from error
 
 

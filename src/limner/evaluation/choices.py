@@ -90,7 +90,7 @@ def read_scores(path: Path, rows: Sequence[Choice]) -> Scores:
     """
     try:
         table = pq.read_table(path)
-    except Exception as error:
+    except Exception as error:  # damaged bytes raise Arrow's kinds and the system's
         raise ValueError(f"scores: {path} cannot be read as parquet ({error})") from error
     if missing := [c for c in ("file", "scorer", "score") if c not in table.column_names]:
         raise ValueError(f"scores: {path} has no column {', '.join(missing)} (found: {', '.join(table.column_names)})")

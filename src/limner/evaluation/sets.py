@@ -120,7 +120,7 @@ def read_features(path: Path, key: str = "features") -> tuple[dict[str, NDArray]
     try:
         with np.load(path, allow_pickle=False) as arrays:
             there = {name: arrays[name] for name in arrays.files}
-    except Exception as error:
+    except Exception as error:  # damaged bytes raise zip's kinds and numpy's
         raise ValueError(f"{key}: {path} cannot be read as .npz without pickled objects ({error})") from error
     if "features" not in there or there["features"].ndim != 2:
         raise ValueError(f"{key}: {path} has no array features (n, D); found: {', '.join(there)}")

@@ -71,7 +71,7 @@ def parquet_files(source: Path) -> list[Path]:
 def open_parquet(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
-    except Exception as error:
+    except Exception as error:  # damaged bytes raise Arrow's kinds and the system's
         raise ValueError(f"{path}: cannot be read as parquet ({error})") from error
 
 
