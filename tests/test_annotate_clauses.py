@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 
 import study as s
 from limner.cli import main
-from limner.feedback import accounts, progress, server
+from limner.feedback import progress, server
 from limner.feedback.answers import Given
 from limner.feedback.database import Item, Slot
 from limner.feedback.items import make_items

@@ -22,7 +22,7 @@ from limner.figures.captions import REGION, describe, parse, swap
 from limner.figures.scene import ATTRIBUTES, sample
 from limner.images import decode_batch, encode_png
 from limner.inputs import read_prompts
-from limner.scorers.reader import BONES, FigureReader, measure_names
+from limner.scorers.reader import BONES, FigureReader, load_reader, measure_names
 from limner.store import open_step, read_rows
 
 JOINTS = sorted({name for bone in BONES for name in bone})
@@ -249,6 +249,21 @@ def test_how_likely_a_caption_is_read_by_hand() -> None:
     assert right == pytest.approx(np.mean(expected), abs=1e-6)
     assert wrong == pytest.approx(np.mean(expected) - 1 / len(counted), abs=1e-6)
     assert silent == 0
+
+
+def test_soundness_orders_what_readers_find_wrong() -> None:
+    """The shipped raters' reader: real figures above the same with a patch of noise; the number is the log-odds of the defect's."""
+    reader = load_reader(find("rater_reader"))
+    real = decode_batch([p.image or b"" for p in read_prompts(find("test"), "test")[:16]])
+    spoilt = real.clone()
+    spoilt[:, :, 24:40, 24:40] = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    scorer = seen.SoundnessScorer("soundness", reader)
+    found = scorer(torch.cat([real, spoilt]), [""] * 32)
+    assert (found[:16] > found[16:]).float().mean() > 0.9
+    defect = reader.read(real).defect.astype(float)
+    inside = (defect > 1e-4) & (defect < 1 - 1e-4)
+    assert found[:16].numpy()[inside] == pytest.approx(np.log((1 - defect) / defect)[inside], rel=1e-3, abs=1e-3)
+    assert found.abs().max() <= 10
 
 
 def test_the_shipped_readers_eyes() -> None:

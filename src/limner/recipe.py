@@ -104,7 +104,8 @@ class Pool:
 
 ScorerKind = Literal[
     "clip", "dual", "reader", "clip_cosine", "clip_score", "clip_score_w", "hps_v1", "hps_v2", "hps_v2_1", "pickscore", "aesthetic_v1",
-    "aesthetic_v2", "clip_iqa_quality", "clip_iqa_sharpness", "image_reward", "cycle_reward", "hps_v3", "judge", "attributes", "sum",
+    "aesthetic_v2", "clip_iqa_quality", "clip_iqa_sharpness", "image_reward", "cycle_reward", "hps_v3", "judge", "attributes",
+    "soundness", "sum",
 ]  # fmt: skip
 
 
@@ -116,7 +117,8 @@ class ScorerSpec:
         kind: clip (a transformers CLIPModel folder), dual (a `limner scorer` folder), reader, or a published score: clip_cosine, clip_score
             (100 · cosine, at least 0), clip_score_w (2.5 · cosine, at least 0), hps_v1, hps_v2, hps_v2_1, pickscore, aesthetic_v1,
             aesthetic_v2, clip_iqa_quality, clip_iqa_sharpness, image_reward, cycle_reward, hps_v3; or judge (a vision-language
-            model); attributes (how likely a figure shows what its caption claims, by the reader in `path`); or sum (of other scorers).
+            model); attributes (how likely a figure shows what its caption claims, by the reader in `path`); soundness (how likely
+            nothing is wrong with it, by the same); or sum (of other scorers).
         path: a folder, or figures/<name> for an embedded one; of a published score the file or CLIPModel folder of its weights.
         tower: of the aesthetic scores: OpenAI's CLIP ViT-L/14, a folder or file, under the head in `path`; of hps_v3: the folder of
             Qwen2-VL-7B-Instruct.

@@ -137,3 +137,20 @@ class AttributeScorer:
             said = [out[n][i].log_softmax(0)[self.reader.model.attributes[n].index(v)].clamp(min=self.range[0]) for n, v in claims.items()]
             scores.append(torch.stack(said).mean() if said else torch.zeros(()))
         return torch.stack(scores)
+
+
+class SoundnessScorer:
+    """How likely nothing is wrong with a figure: the log-odds that a reader gives to it, (B,); takes no captions."""
+
+    higher_is_better = True
+    comparable_across_prompts = True
+    needs_prompt = False
+    range = (-10.0, 10.0)  # nobody is surer than that
+
+    def __init__(self, name: str, reader: FigureReader):
+        self.name, self.reader, self.revision = name, reader, reader.revision
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """As `Scorer`; images of 64 x 64 pixels."""
+        return torch.logit(torch.from_numpy(self.reader.read(images).defect)).neg().clamp(*self.range)

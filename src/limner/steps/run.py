@@ -121,11 +121,11 @@ def load_scorer(name: str, spec: ScorerSpec) -> Scorer:
     path = resolve(spec.path, name)
     if spec.kind == "dual":
         return dual.load_scorer(path, name)
-    if spec.kind == "attributes":
-        from limner.figures.seen import AttributeScorer
+    if spec.kind in ("attributes", "soundness"):
+        from limner.figures.seen import AttributeScorer, SoundnessScorer
         from limner.scorers.reader import load_reader
 
-        return AttributeScorer(name, load_reader(path))
+        return (AttributeScorer if spec.kind == "attributes" else SoundnessScorer)(name, load_reader(path))
     tower, tokenizer = (resolve(p, name) if p else None for p in (spec.tower, spec.tokenizer))
     if spec.kind in blip.REWARDS:
         return blip.load_scorer(path, name, spec.kind, tokenizer=tokenizer)
