@@ -24,6 +24,7 @@ from limner.images import in_threads, resize_tensor, to_uint8
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CACHED_TEXTS = 50_000  # of 4 KB at most
+QUICK = 1.702  # of QuickGELU
 CACHE = 10 << 20  # bytes of a layer's widest activations that stay in the caches of a processor's core
 
 
@@ -138,15 +139,24 @@ def image_features(model: Any, pixels: Tensor) -> Tensor:
     x = tower.pre_layrnorm(tower.embeddings(pixels))
     *layers, last = tower.encoder.layers
     for layer in layers:
-        x = layer(x, attention_mask=None)
+        x = x + layer.self_attn(layer.layer_norm1(x), attention_mask=None)[0]
+        x = x + _mlp(layer.mlp, layer.layer_norm2(x))
     attention, normed = last.self_attn, last.layer_norm1(x)
     q, k, v = (
         project(tokens).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         for project, tokens in ((attention.q_proj, normed[:, :1]), (attention.k_proj, normed), (attention.v_proj, normed))
     )
     first = x[:, 0] + attention.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1))
-    first = first + last.mlp(last.layer_norm2(first))
+    first = first + _mlp(last.mlp, last.layer_norm2(first))
     return model.visual_projection(tower.post_layernorm(first))
+
+
+def _mlp(mlp: Any, x: Tensor) -> Tensor:
+    """A layer's two linears. x · sigmoid(1.702 x), QuickGELU, is silu(1.702 x) / 1.702: one pass over the widest tensor instead of three."""
+    if mlp.config.hidden_act != "quick_gelu" or torch.is_grad_enabled():
+        return mlp(x)
+    hidden = F.silu(mlp.fc1(x).mul_(QUICK), inplace=True)
+    return F.linear(hidden, mlp.fc2.weight).div_(QUICK).add_(mlp.fc2.bias)
 
 
 def preprocess(images: Tensor, size: int, crop: Crop, differentiable: bool = False) -> Tensor:
