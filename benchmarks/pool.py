@@ -49,7 +49,7 @@ def pipeline() -> StableDiffusionPipeline:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch_size", type=int, default=32, help="of ours; the plain way's is N")
+    parser.add_argument("--batch_size", type=int, default=16, help="of ours; the plain way's is N; more do not fit a processor's caches")
     parser.add_argument("--steps", type=int, default=5, help="network steps an image")
     parser.add_argument("--images", type=int, default=64, help="at least so many images a measurement")
     parser.add_argument("--repetitions", type=int, default=5)
