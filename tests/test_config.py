@@ -117,7 +117,7 @@ def test_an_unknown_option_says_the_same(tmp_path: Path, option: list[str], word
     ("option", "words"),
     [
         (["--seed", "soon"], "seed"),
-        (["--stages.easy.learn.loss", "ppo"], "loss"),
+        (["--stages.easy.learn.loss", "ppo"], "expected one of 'dpo', 'sft'; got ppo"),
         (["--stages.easy.learn.max_train_steps", "1.5"], "max_train_steps"),
         (["--pool.images_per_prompt", "1"], "pool.images_per_prompt: 1; a pair needs at least 2"),
         (["--stages.hard.winner.t", "[0]"], "stages.hard.winner.t: 0 lies outside the schedule 1..1000"),

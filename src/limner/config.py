@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -35,7 +36,11 @@ def build(kind: type[T], values: dict[str, Any], overrides: Sequence[str] = (), 
             parsed = parser.parse_args(list(overrides), namespace=parsed)
         return kind(**vars(parser.instantiate(parsed)))
     except (ArgumentError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
+        said = _ONE_OF.sub(r"expected one of \1; got \2", str(error))
+        raise ValueError(f"{where}: {said}") from error
+
+
+_ONE_OF = re.compile(r"Expected a typing\.Literal\[([^]]*)\]\. Got value: (.*)")  # jsonargparse speaks of Python's types
 
 
 def _rename(values: Any) -> Any:

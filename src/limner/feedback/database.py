@@ -131,6 +131,11 @@ class Database:
     sqlite: bool
 
 
+def database_file(folder: Path) -> Path:
+    """Where SQLite keeps a study."""
+    return folder / "study.db"
+
+
 def open_database(url: str, folder: Path) -> Database:
     """Open the database of a study, and make its tables where they are not.
 
@@ -143,7 +148,7 @@ def open_database(url: str, folder: Path) -> Database:
     sqlite = not url or url.startswith("sqlite")
     if not url:
         folder.mkdir(parents=True, exist_ok=True)
-        url = f"sqlite:///{folder / 'study.db'}"
+        url = f"sqlite:///{database_file(folder)}"
     pool: dict[str, Any] = {} if sqlite else {"pool_size": 16, "max_overflow": 16, "pool_pre_ping": True}
     try:
         engine = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False} if sqlite else {}, **pool)

@@ -10,7 +10,7 @@ from typing import cast
 from limner.feedback import checks
 from limner.feedback.database import Database, Item, Meta, Picture, Slot, reading, writing
 from limner.feedback.display import store_image
-from limner.feedback.items import iter_images, make_items
+from limner.feedback.items import images_of, make_items
 from limner.feedback.study import Study, identity
 from limner.store import differences
 
@@ -64,19 +64,16 @@ def set_up(study: Study, database: Database) -> dict[str, int]:
 
 def _store_images(study: Study, wanted: set[str]) -> tuple[dict[str, Picture], list[str]]:
     found, unreadable = dict[str, Picture](), list[str]()
-    for source in filter(None, (study.images.source, study.images.against)):
-        for image in iter_images(source):
-            if image.id not in wanted or image.id in found:
-                continue
-            try:
-                shown = store_image(images_folder(study), image.image, f"image {image.id}")
-            except ValueError as error:
-                unreadable.append(str(error))
-                continue
-            found[image.id] = Picture(
-                token=secrets.token_urlsafe(12), image_id=image.id, digest=shown.digest, media=shown.media, width=shown.width,
-                height=shown.height,
-            )  # fmt: skip
+    for image in images_of(study, wanted):
+        try:
+            shown = store_image(images_folder(study), image.image, f"image {image.id}")
+        except ValueError as error:
+            unreadable.append(str(error))
+            continue
+        found[image.id] = Picture(
+            token=secrets.token_urlsafe(12), image_id=image.id, digest=shown.digest, media=shown.media, width=shown.width,
+            height=shown.height,
+        )  # fmt: skip
     return found, unreadable
 
 

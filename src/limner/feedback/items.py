@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,9 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from limner import seeds
+from limner import inputs, seeds
 from limner.feedback.study import Pictures, Study
-from limner.inputs import iter_prompts
 from limner.records import Image, Score
 from limner.store import is_complete, read_manifest, read_rows
 
@@ -33,36 +33,59 @@ class Item:
     message: str = ""
 
 
-def iter_images(path: str) -> Iterator[Image]:
-    """Images of a step's folder, or of what `limner.inputs` reads.
+def iter_images(path: str, pixels: bool = True) -> Iterator[Image]:
+    """Images of a step's folder, or of what `limner.inputs` reads: there the images of one caption belong together, numbered as they come.
+
+    Args:
+        path: of either.
+        pixels: without them images are empty, and files are not read.
 
     Raises:
         ValueError: neither; a step's folder that holds no images or is not complete.
     """
     folder = Path(path)
     if not (folder / "manifest.json").is_file():
-        for prompt in iter_prompts(folder, "train", need_images=True):
-            yield Image(id=prompt.id, prompt_id=prompt.id, text=prompt.text, image=prompt.image or b"")
+        counts: Counter[str] = Counter()
+        for image in inputs.iter_images(folder, **({} if pixels else {"read": None})):
+            prompt = image.prompt_id or image.id  # one without a caption stands alone
+            yield replace(image, prompt_id=prompt, k=counts[prompt])
+            counts[prompt] += 1
         return
     if not is_complete(folder):
         raise ValueError(f"{path} is not complete; run the step that makes it to its end first")
     if read_manifest(folder)["kind"] == "prompts":
         raise ValueError(f"{path} holds prompts; expected a step that makes images, such as pool or generate")
-    yield from read_rows(folder, Image)
+    for image in read_rows(folder, Image):
+        yield image if pixels else replace(image, image=b"")
+
+
+def study_images(study: Study, pixels: bool = True) -> Iterator[tuple[str, Image]]:
+    """All images of a study with their source, `from` or `against`. Two models' folders name their images alike: one of `against` whose id
+    occurs in `from` is called against/<id>.
+
+    Raises:
+        ValueError: as `iter_images`; an id that is twice in a source.
+    """
+    first = set[str]()
+    for source, path in (("from", study.images.source), ("against", study.images.against)):
+        own = set[str]()
+        for image in iter_images(path, pixels) if path else ():
+            if image.id in own:
+                raise ValueError(f"{path}: image id {image.id} is there twice")
+            own.add(image.id)
+            yield source, replace(image, id=f"against/{image.id}") if image.id in first else image
+        first = own
 
 
 def images_of(study: Study, wanted: Container[str]) -> Iterator[Image]:
     """The images of a study whose ids are wanted, as they came, each once.
 
     Raises:
-        ValueError: as `iter_images`.
+        ValueError: as `study_images`.
     """
-    done = set[str]()
-    for source in filter(None, (study.images.source, study.images.against)):
-        for image in iter_images(source):
-            if image.id in wanted and image.id not in done:
-                done.add(image.id)
-                yield image
+    for _, image in study_images(study):
+        if image.id in wanted:
+            yield image
 
 
 def make_items(study: Study) -> tuple[list[Item], dict[str, int]]:
@@ -73,12 +96,11 @@ def make_items(study: Study) -> tuple[list[Item], dict[str, int]]:
     Raises:
         ValueError: nothing is left, gold about an image that is not shown, or a file that cannot be read.
     """
-    named = [replace(i, image=b"") for i in iter_images(study.images.source)]
-    ids = [i.id for i in named]
-    if len(set(ids)) < len(ids):
-        raise ValueError(f"{study.images.source}: image id {next(i for i in ids if ids.count(i) > 1)} is there twice")
+    named: dict[str, list[Image]] = {"from": [], "against": []}
+    for source, image in study_images(study, pixels=False):
+        named[source].append(image)
     dropped: dict[str, int] = {}
-    found = {"rich": _single, "choice": _groups, "side": _sides}[study.task](study, named, dropped)
+    found = {"rich": _single, "choice": _groups, "side": _sides}[study.task](study, named["from"], named["against"], dropped)
     gold = _read_gold(study)
     if missing := sorted(gold.keys() - {i.key for i in found}):
         raise ValueError(f"{study.gold.source}: {missing[0]!r} is no item of this study ({len(missing)} such)")
@@ -97,11 +119,11 @@ def make_items(study: Study) -> tuple[list[Item], dict[str, int]]:
     return plain + golden, dropped
 
 
-def _single(study: Study, images: list[Image], dropped: dict[str, int]) -> list[Item]:
+def _single(study: Study, images: list[Image], _: list[Image], dropped: dict[str, int]) -> list[Item]:
     return [Item(key=i.id, text=i.text, images=(i.id,)) for i in images]
 
 
-def _groups(study: Study, images: list[Image], dropped: dict[str, int]) -> list[Item]:
+def _groups(study: Study, images: list[Image], _: list[Image], dropped: dict[str, int]) -> list[Item]:
     groups: dict[str, list[Image]] = {}
     for image in images:
         groups.setdefault(image.prompt_id, []).append(image)
@@ -111,8 +133,8 @@ def _groups(study: Study, images: list[Image], dropped: dict[str, int]) -> list[
     return [Item(key=g[0].id, text=g[0].text, images=tuple(i.id for i in g)) for g in chosen]
 
 
-def _sides(study: Study, images: list[Image], dropped: dict[str, int]) -> list[Item]:
-    other = {(i.prompt_id, i.k): i.id for i in iter_images(study.images.against)}
+def _sides(study: Study, images: list[Image], against: list[Image], dropped: dict[str, int]) -> list[Item]:
+    other = {(i.prompt_id, i.k): i.id for i in against}
     found = [Item(key=i.id, text=i.text, images=(i.id, other[i.prompt_id, i.k])) for i in images if (i.prompt_id, i.k) in other]
     if len(found) < len(images):
         dropped["no image of the prompt in images.against"] = len(images) - len(found)
@@ -170,6 +192,8 @@ def _balanced(items: list[Item], images: Pictures, rng: np.random.Generator, dro
 def _read_columns(images: Pictures) -> dict[str, Mapping[str, Any]]:
     """Rows of the table by image id."""
     path, rows = Path(images.table), list[dict[str, Any]]()
+    if not path.exists():
+        raise ValueError(f"images.table: there is no {path}")
     if (path / "manifest.json").is_file():
         scores: dict[str, dict[str, Any]] = {}
         for score in read_rows(path, Score):

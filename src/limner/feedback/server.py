@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,10 +28,10 @@ from starlette.exceptions import HTTPException as StarletteError
 from limner.feedback import accounts
 from limner.feedback.accounts import Person
 from limner.feedback.assign import Conflict
-from limner.feedback.database import Database, open_database
-from limner.feedback.fill import set_up
+from limner.feedback.database import Database, database_file, open_database
+from limner.feedback.fill import images_folder, set_up
 from limner.feedback.guard import Bucket, allow, guard
-from limner.feedback.study import Study, guidelines
+from limner.feedback.study import Server, Study, guidelines
 
 PAGE = Path(__file__).parent / "page"
 COOKIE = "limner"
@@ -177,15 +179,34 @@ def guide(study: Study) -> list[tuple[str, str]]:
     return found
 
 
-def prepare(study: Study) -> Database:
-    """Open the study's database, fill it if it is new, and invite its raters.
+def is_begun(study: Study) -> bool:
+    """Whether there is a database to open; of one behind a URL that is not known and taken to be so."""
+    return bool(study.database) or database_file(Path(study.output_dir)).is_file()
+
+
+def prepare(study: Study, begin: bool = True) -> Database:
+    """Open the study's database and fill it if it is new; where that fails, nothing is left of it.
+
+    Args:
+        begin: a study that is not there is made.
 
     Raises:
-        ValueError: another study lies there, nothing can be shown, or the database cannot be opened.
+        ValueError: another study lies there, or none; nothing can be shown; or the database cannot be opened.
     """
-    database = open_database(study.database, Path(study.output_dir))
-    for why, n in set_up(study, database).items():
-        print(f"annotate: left out, {why}: {n}")
+    folder, new = Path(study.output_dir), not is_begun(study)
+    if new and not begin:
+        raise ValueError(f"output_dir: there is no study in {folder}; `limner annotate serve` makes one")
+    database = open_database(study.database, folder)
+    try:
+        for why, n in set_up(study, database).items():
+            print(f"annotate: left out, {why}: {n}")
+    except ValueError:
+        database.engine.dispose()
+        if new:
+            for file in folder.glob(f"{database_file(folder).name}*"):  # with SQLite's log beside it
+                file.unlink()
+            shutil.rmtree(images_folder(study), ignore_errors=True)
+        raise
     return database
 
 
@@ -196,26 +217,46 @@ def serve(study: Study, password: str = "") -> None:
         password: if given, that of the account `admin`.
 
     Raises:
-        ValueError: asked to listen elsewhere than on this machine without `server.public` or without an admin's password.
+        ValueError: asked to listen elsewhere than on this machine without `server.public` or without an admin's password; or
+            the port is taken.
     """
     import uvicorn
 
     server = study.server
     if server.host not in LOCAL and not server.public:
         raise ValueError(f"server.host: {server.host} is reached from other machines; set server.public: true if that is meant")
-    database = prepare(study)
-    if password:
-        accounts.set_password(database, accounts.add_rater(database, "admin", "admin"), password)
-    if server.host not in LOCAL and not accounts.has_admin(database):
-        raise ValueError("server.public: no admin has a password; set LIMNER_ADMIN_PASSWORD, or first serve locally and set one")
-    app = make_app(study, database)
-    config = uvicorn.Config(app, host=server.host, port=server.port, log_level="warning", server_header=False, proxy_headers=server.https)
-    sock = config.bind_socket()
-    where = f"{'https' if server.https else 'http'}://{server.host}:{sock.getsockname()[1]}"
-    print(f"annotate: {study.name} at {where}", flush=True)
-    for name, link in first_links(study, database, where):
-        print(f"annotate: {name}, once: {link}", flush=True)
-    uvicorn.Server(config).run(sockets=[sock])
+    no_admin = ValueError("server.public: no admin has a password; set LIMNER_ADMIN_PASSWORD, or first serve locally and set one")
+    if server.host not in LOCAL and not password and not is_begun(study):
+        raise no_admin
+    with closing(_bind(server)) as sock:
+        database = prepare(study)
+        if password:
+            accounts.set_password(database, accounts.add_rater(database, "admin", "admin"), password)
+        if server.host not in LOCAL and not accounts.has_admin(database):
+            raise no_admin
+        where = address(server, sock.getsockname()[1])
+        print(f"annotate: {study.name} at {where}", flush=True)
+        for name, link in first_links(study, database, where):
+            print(f"annotate: {name}, once: {link}", flush=True)
+        config = uvicorn.Config(make_app(study, database), log_level="warning", server_header=False, proxy_headers=server.https)
+        uvicorn.Server(config).run(sockets=[sock])
+
+
+def _bind(server: Server) -> socket.socket:
+    sock = socket.socket(socket.AF_INET6 if ":" in server.host else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((server.host, server.port))
+    except OSError as error:
+        sock.close()
+        raise ValueError(f"server.port: {server.host}:{server.port}: {error.strerror}; another is set by --server.port, 0 = any") from error
+    return sock
+
+
+def address(server: Server, port: int) -> str:
+    """What links begin with."""
+    host = socket.gethostname() if server.host in ("0.0.0.0", "::") else f"[{server.host}]" if ":" in server.host else server.host
+    return server.address.rstrip("/") or f"{'https' if server.https else 'http'}://{host}:{port}"
 
 
 @contextmanager

@@ -57,6 +57,7 @@ class Server:
     Args:
         host: 127.0.0.1 = only this machine.
         port: 0 = any free one.
+        address: what links begin with where that is not host and port: behind a proxy, say, https://rate.example.org.
         public: listen elsewhere than on this machine; needs an admin with a password.
         https: the page is reached by https only (behind a proxy, say): cookies are sent by no other way.
         session_hours: after so long raters sign in again.
@@ -68,6 +69,7 @@ class Server:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    address: str = ""
     public: bool = False
     https: bool = False
     session_hours: float = 72.0

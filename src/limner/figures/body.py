@@ -5,6 +5,7 @@ Coordinates are metres, z up, the body faces -y, its left side is +x. Meshes are
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cache
 
@@ -60,10 +61,11 @@ class _Template:
 @cache
 def template() -> _Template:
     """Load the body model once and label every triangle with its part and limb."""
-    import anny
     import warp
 
-    warp.config.quiet = True
+    warp.config.log_level = logging.ERROR  # before the body model starts it
+    import anny
+
     model = anny.Anny()
     labels = list(model.bone_labels)
     weights = np.zeros((len(model.template_vertices), len(labels)), np.float32)

@@ -7,6 +7,7 @@ above the feet and a soft shadow ties them to it.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -54,7 +55,7 @@ class Picture:
 def _kernel() -> Any:
     import warp as wp
 
-    wp.config.quiet = True
+    wp.config.log_level = logging.ERROR
 
     @wp.kernel
     def cast_rays(

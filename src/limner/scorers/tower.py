@@ -152,7 +152,7 @@ def image_features(model: Any, pixels: Tensor) -> Tensor:
 
 
 def _mlp(mlp: Any, x: Tensor) -> Tensor:
-    """A layer's two linears. x · sigmoid(1.702 x), QuickGELU, is silu(1.702 x) / 1.702: one pass over the widest tensor instead of three."""
+    """A layer's two linears. x · sigmoid(1.702 x), QuickGELU, is silu(1.702 x) / 1.702: one pass over the widest tensor, not three."""
     if mlp.config.hidden_act != "quick_gelu" or torch.is_grad_enabled():
         return mlp(x)
     hidden = F.silu(mlp.fc1(x).mul_(QUICK), inplace=True)

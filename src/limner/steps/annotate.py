@@ -26,12 +26,31 @@ ACTIONS = {
 }
 
 
-def annotate(action: str, study: Study, **options: Any) -> None:
-    """Do one of `ACTIONS`; options are those of the command line."""
+def annotate(action: str, study: Study, dry_run: bool = False, **options: Any) -> None:
+    """Do one of `ACTIONS`; options are those of the command line. dry_run: say what the study would ask of raters, and make nothing."""
+    if dry_run:
+        _plan(study)
+        return
     actions: dict[str, Callable[..., None]] = {
         "serve": _serve, "invite": _invite, "import": _import, "export": _export, "consolidate": _consolidate, "simulate": _simulate,
     }  # fmt: skip
     actions[action](_with_figures(study), **options)
+
+
+def _plan(study: Study) -> None:
+    from limner.feedback.items import make_items
+
+    if study.images.source == FIGURES:
+        print(f"annotate: {study.images.limit or 60} items of figures, which are drawn when it begins")
+        return
+    items, dropped = make_items(study)
+    gold = sum(i.gold is not None for i in items)
+    print(
+        f"annotate: {len(items) - gold} items of {len({name for i in items for name in i.images})} images, and {gold} gold ones; "
+        f"{study.overlap} raters each: {(len(items) - gold) * study.overlap} answers"
+    )
+    for why, n in dropped.items():
+        print(f"  left out, {why}: {n}")
 
 
 def _with_figures(study: Study) -> Study:
@@ -58,13 +77,14 @@ def _serve(study: Study, **_: Any) -> None:
 
 
 def _invite(study: Study, rater: str = "", role: str = "rater", **_: Any) -> None:
-    from limner.feedback.server import invitation, prepare
+    from limner.feedback.server import address, invitation, prepare
 
     if not rater:
         raise ValueError("--rater: not set; who is invited?")
     server = study.server
-    where = f"{'https' if server.https else 'http'}://{server.host}:{server.port}"
-    print(f"annotate: {rater}, once: {invitation(study, prepare(study), rater, role, where)}")
+    if not server.port and not server.address:
+        raise ValueError("server.port: 0, so nobody knows where the page is; set the port that it printed, or server.address")
+    print(f"annotate: {rater}, once: {invitation(study, prepare(study, begin=False), rater, role, address(server, server.port))}")
 
 
 def _import(study: Study, file: str = "", expected: int | None = None, pick_a_pic: str = "", **_: Any) -> None:
@@ -91,7 +111,7 @@ def _export(study: Study, file: str = "", **_: Any) -> None:
     from limner.feedback.exports import write
     from limner.feedback.server import prepare
 
-    report = write(study, prepare(study), _file(file))
+    report = write(study, prepare(study, begin=False), _file(file))
     counts = ", ".join(f"{k} {v}" for k, v in report.items() if v not in ([], {}))
     print(f"annotate export: wrote {file}" + (f": {counts}" if counts else ""))
 
@@ -100,7 +120,7 @@ def _consolidate(study: Study, ties_misaligned: bool = False, **_: Any) -> None:
     from limner.feedback.exports import consolidate_study
     from limner.feedback.server import prepare
 
-    report = consolidate_study(study, prepare(study), ties_misaligned)
+    report = consolidate_study(study, prepare(study, begin=False), ties_misaligned)
     for name, values in report["agreement"].items():
         alpha = values["alpha"]
         print(f"  {name:13} alpha {'-' if alpha is None else f'{alpha:.3f}'}")
