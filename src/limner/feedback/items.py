@@ -46,7 +46,7 @@ def iter_images(path: str, pixels: bool = True) -> Iterator[Image]:
     folder = Path(path)
     if not (folder / "manifest.json").is_file():
         counts: Counter[str] = Counter()
-        for image in inputs.iter_images(folder, **({} if pixels else {"read": None})):
+        for image in inputs.iter_images(folder, read=(lambda position: True) if pixels else None):
             prompt = image.prompt_id or image.id  # one without a caption stands alone
             yield replace(image, prompt_id=prompt, k=counts[prompt])
             counts[prompt] += 1
