@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 import study as s
 from limner.cli import main
-from limner.feedback import answers, exports, richhf, server
+from limner.feedback import answers, exports, payloads, richhf, server
 from limner.feedback.richhf import RichFeedback
 from limner.feedback.study import load_study
 from limner.records import Image
@@ -115,3 +115,23 @@ def test_label_studio_gets_the_configuration_of_what_it_is_given(site, tmp_path:
     for result in task["annotations"][0]["result"]:
         assert controls[result["from_name"]] == (result["type"], result["to_name"])
     assert {v[1:] for tag in root.iter() if (v := tag.get("value", "")).startswith("$")} <= task["data"].keys()
+
+
+def test_a_choice_comes_back_as_it_was_shown_and_what_is_refused_is_named(tmp_path: Path) -> None:
+    """The order that a rater saw is part of an answer; of a five-level answer a forced study says why not, and whose it was."""
+    s.image_folder(tmp_path / "images", {"a": "the same", "b": "the same", "c": "the same"})
+    study = s.study_of(tmp_path, {"task": "choice", "images": {"from": str(tmp_path / "images"), "each": 3}})
+    database = server.prepare(study)
+    payload = {"images": ["a", "b", "c"], "ranks": [2, 1, 2], "shown": ["c", "a", "b"]}
+    assert answers.import_feedback(study, database, [payloads.make("a", "anna", "choice", payload)]) == {"imported": 1}
+    (back,) = answers.feedback(answers.given(study, database))
+    assert json.loads(back.payload) == payload
+    s.image_folder(tmp_path / "other", {"d": "the same", "e": "the same", "f": "the same"})
+    values = {"task": "side", "levels": "forced", "output_dir": str(tmp_path / "forced")}
+    forced = s.study_of(tmp_path, {**values, "images": {"from": str(tmp_path / "images"), "against": str(tmp_path / "other")}})
+    refused: list[dict[str, str]] = []
+    rows = [payloads.make("a", "anna", "side", {"against": "d", "answer": 1, "left": "a"})]
+    counts = answers.import_feedback(forced, server.prepare(forced), rows, refused)
+    assert list(counts.values()) == [1] and refused == [{"image_id": "a", "rater": "anna", "why": next(iter(counts))}]
+    assert "imported" not in counts
+    print(counts)

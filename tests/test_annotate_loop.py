@@ -178,3 +178,14 @@ def test_simulate_needs_the_truth(tmp_path: Path, capsys: pytest.CaptureFixture[
     s.study_of(tmp_path, {"overlap": 1})
     assert main(["annotate", "simulate", str(tmp_path / "study.yaml")]) == 2
     assert "no truth is known of 2 of 2 images, such as a; for generated figures say with whose eyes" in capsys.readouterr().err
+
+
+def test_a_pool_for_people_is_drawn_when_asked_for(tmp_path: Path) -> None:
+    """A recipe whose stages learn from people alone: `limner pool` draws what they look at; a stage finds its prompts without it."""
+    stage = {
+        "winner": {"from": "feedback", "pick": "best"},
+        "loser": {"from": "feedback", "pick": "worst"},
+    }
+    recipe = str(write_recipe(tmp_path, feedback=str(tmp_path / "study"), stages={"easy": stage, "normal": None, "hard": None}))
+    assert main(["pool", "--config", recipe]) == 0
+    assert list(read_rows(tmp_path / "out/pool", Image))

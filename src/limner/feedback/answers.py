@@ -127,10 +127,15 @@ def images(study: Study, database: Database) -> Iterator[records.Image]:
                 yield records.Image(id=picture.image_id, prompt_id=item.key, text=item.text, image=data)
 
 
-def import_feedback(study: Study, database: Database, rows: Sequence[Feedback]) -> dict[str, int]:
+def import_feedback(
+    study: Study, database: Database, rows: Sequence[Feedback], refused: list[dict[str, str]] | None = None
+) -> dict[str, int]:
     """Feedback rows as answers of the study, as if their raters had given them here. Importing again changes nothing.
 
     Rows of one image and rater make one answer. Each takes a slot of its item, so that overlap counts it.
+
+    Args:
+        refused: gets image, rater and reason of each that was neither imported nor there.
 
     Returns:
         counts: imported, again, and why others were left out.
@@ -150,6 +155,8 @@ def import_feedback(study: Study, database: Database, rows: Sequence[Feedback]) 
             item = items.get(key)
             why = "no such item" if item is None else _import(session, study, item, raters[rater], kinds)
             counts[why] = counts.get(why, 0) + 1
+            if refused is not None and why not in ("imported", "again"):
+                refused.append({"image_id": key, "rater": rater, "why": why})
     return counts
 
 
@@ -166,8 +173,8 @@ def _import(session: Session, study: Study, item: Item, rater: int, kinds: dict[
         return f"not of task {study.task}, or of other images"
     try:
         checks.interpret(study, answer, item.text, images, imported=True)
-    except ValueError:
-        return "not complete"
+    except ValueError as error:
+        return str(error)
     digest = hashlib.sha256("\x1f".join(sorted(row.id + row.payload for row, _ in kinds.values())).encode()).hexdigest()[:32]
     mine = (col(Answer.item_id) == item.id, col(Answer.rater_id) == rater)
     if session.get(Answer, IMPORTED + digest) is not None:
@@ -196,7 +203,9 @@ def _as_answer(study: Study, images: dict[str, str], kinds: dict[str, dict[str, 
     if study.task == "rich" and kinds.keys() & {"points", "words", "ratings"}:
         return {kind: kinds[kind] for kind in ("points", "words", "ratings") if kind in kinds} | {"kinds": sorted(kinds)}
     if study.task == "choice" and "choice" in kinds and set(kinds["choice"]["images"]) == set(tokens):
-        return {"images": [tokens[i] for i in kinds["choice"]["images"]], "ranks": kinds["choice"]["ranks"]}
+        ranks = dict(zip(kinds["choice"]["images"], kinds["choice"]["ranks"]))
+        shown = kinds["choice"].get("shown", kinds["choice"]["images"])
+        return {"images": [tokens[i] for i in shown], "ranks": [ranks[i] for i in shown]} if set(shown) == set(ranks) else None
     if study.task == "side" and "side" in kinds and kinds["side"]["against"] == list(tokens)[1]:
         ours, other = images
         answer = kinds["side"]["answer"]

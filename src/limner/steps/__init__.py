@@ -18,7 +18,8 @@ def run_all(run: Run) -> None:
     if BASE in run.recipe.stages:
         examples(run, BASE)
         train(run, BASE)
-    pool(run)
+    if run.uses("pool"):
+        pool(run)
     reconstruct(run)
     score(run)
     for stage in run.recipe.stages:

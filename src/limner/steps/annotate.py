@@ -98,12 +98,13 @@ def _import(study: Study, file: str = "", expected: int | None = None, pick_a_pi
     database = prepare(study)
     rows, more = read(path, study, database, expected)
     report |= more
-    counts = import_feedback(study, database, rows)
+    refused: list[dict[str, str]] = []
+    counts = import_feedback(study, database, rows, refused)
     for name, value in report.items():
         if value not in ([], {}, 0, None):
             print(f"  {name}: {len(value) if isinstance(value, list | dict) else value}")
     whole = Path(study.output_dir) / f"import-{path.name}.json"
-    write_atomic(whole, json.dumps({**report, "answers": counts}, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(whole, json.dumps({**report, "answers": counts, "refused": refused}, indent=1, ensure_ascii=False) + "\n")
     print(f"annotate import: wrote {whole}: " + (", ".join(f"{why} {n}" for why, n in counts.items()) or "no rows"))
 
 

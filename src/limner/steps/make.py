@@ -44,13 +44,11 @@ def _has_prompts(run: Run, folder: Path, source: str, limit: int) -> bool:
 
 
 def pool(run: Run) -> None:
-    """Images of the training prompts to choose from."""
+    """Images of the training prompts to choose from: stages by scorers, or people."""
     from limner.examples.curriculum import selectable
     from limner.pool.steps import make_pool
 
     r = run.recipe
-    if not run.uses("pool"):
-        return
     prompts(run, ["train"])
     keep = r.pool.keep_latents
     make_pool(
@@ -120,6 +118,7 @@ def examples(run: Run, name: str) -> None:
     from limner.examples.curriculum import make_examples
     from limner.scorers.steps import FEEDBACK
 
+    prompts(run, ["train"])
     stage, folder = run.recipe.stages[name], run.out / "examples" / name
     earlier = {r.source for r in (stage.winner, stage.loser) if r and r.source in run.recipe.stages}
     by = any(r.by for r in (stage.winner, stage.loser) if r) or stage.wins_on

@@ -87,7 +87,7 @@ function show(found) {
     box.className = 'card done';
     box.innerHTML = '<h1></h1><p></p><p><a class="button" href="/mine">My answers</a> <a class="button" href="/">Look again</a></p>';
     box.querySelector('h1').textContent = found.finished ? 'Thank you, all done' : 'Nothing for you just now';
-    box.querySelector('p').textContent = found.finished ? 'Every item has all its answers.' : 'Others are at work on what is left. Look again in a while.';
+    box.querySelector('p').textContent = found.finished ? 'Every item has all its answers.' : 'You have seen all that there is for you. If somebody leaves an item, it will be here.';
     $('task').replaceChildren(box);
     task = null;
     saved('');
