@@ -7,11 +7,29 @@ import re
 import typing
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 T = TypeVar("T")
+
+
+def read_yaml(path: str | Path, what: str = "recipe", example: str = "output_dir: runs/mine") -> dict[str, Any]:
+    """The keys and values of a YAML file; `what` it is and an `example` are for messages.
+
+    Raises:
+        ValueError: no such file, not YAML, or something else than keys and values.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except FileNotFoundError:
+        raise ValueError(f"no {what} {path}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; expected keys and values, such as `{example}`")
+    return values
 
 
 def build(kind: type[T], values: dict[str, Any], overrides: Sequence[str] = (), where: str = "config") -> T:

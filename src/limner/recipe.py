@@ -11,9 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
-from limner.config import build
+from limner.config import build, read_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,15 +324,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ValueError: no such file, not YAML, an unknown key (with its dotted path and a near match), a value of the wrong type.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
-    except FileNotFoundError:
-        raise ValueError(f"no recipe {path}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}; expected keys and values, such as `output_dir: runs/mine`")
-    recipe = build(Recipe, values, overrides, str(path))
+    recipe = build(Recipe, read_yaml(path), overrides, str(path))
     check(recipe)
     return recipe
 

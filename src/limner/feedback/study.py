@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from limner.config import build, to_dict
+from limner.config import build, read_yaml, to_dict
 from limner.feedback.payloads import QUESTIONS
 
 
@@ -126,15 +124,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     Raises:
         ValueError: no such file, not YAML, an unknown key, or a value that makes no sense; with the dotted path.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
-    except FileNotFoundError:
-        raise ValueError(f"no study {path}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}; expected keys and values, such as `task: rich`")
-    study = build(Study, values, overrides, str(path))
+    study = build(Study, read_yaml(path, "study", "task: rich"), overrides, str(path))
     problem = _problem(study)
     if problem:
         raise ValueError(f"{path}: {problem}")

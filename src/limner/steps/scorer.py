@@ -7,9 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import yaml
-
-from limner.config import build, to_dict
+from limner.config import build, dump, read_yaml, to_dict
 from limner.steps.run import load_scorer, load_scorers, resolve, to_device
 
 if TYPE_CHECKING:
@@ -42,7 +40,7 @@ def scorer(action: str, path: str | None, overrides: Sequence[str], *, print_con
     }  # fmt: skip
     config = read_config(kinds[action], path, overrides)
     if print_config:
-        print(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120))
+        print(dump(config))
     elif dry_run and action not in ("train", "judge"):
         raise ValueError(f"--dry_run: {action} has none; it checks every row as it goes, and finished shards are kept")
     elif action == "import":
@@ -146,15 +144,7 @@ def evaluate(config: EvaluateScorers) -> dict[str, Any]:
 
 def read_config(kind: type[T], path: str | None, overrides: Sequence[str]) -> T:
     """A config of a YAML file, if there is one, and of options such as `--output_dir runs/mine`."""
-    try:
-        values = (yaml.safe_load(Path(path).read_text()) or {}) if path else {}
-    except FileNotFoundError:
-        raise ValueError(f"no recipe {path}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}; expected keys and values, such as `output_dir: runs/mine`")
-    return build(kind, values, overrides, path or "config")
+    return build(kind, read_yaml(path) if path else {}, overrides, path or "config")
 
 
 def print_report(report: dict[str, Any], folder: str) -> None:
