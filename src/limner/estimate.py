@@ -77,17 +77,17 @@ def plan(run: Run, counts: Counts) -> list[Line]:
     """The steps with their calls and images; nothing measured yet."""
     r, out = run.recipe, run.out
     branches = 2 if r.sampler.guidance_scale != 1.0 else 1
-    pool = counts.train * r.pool.images_per_prompt if run.uses("pool") else 0
+    pool = counts.train * r.pool.images_per_prompt
     rebuilt = counts.train * len(run.timesteps)
     lines = []
-    if pool:
-        lines.append(Line("pool", pool * branches * sampling_steps(r), pool, done=is_complete(out / "pool")))
+    for name in run.pools:
+        lines.append(Line(name, pool * branches * sampling_steps(r), pool, done=is_complete(out / name)))
     if rebuilt:
         calls = counts.train * branches * sum(sampling_steps(r, t) for t in run.timesteps)
         lines.append(Line("reconstruct", calls, rebuilt, done=is_complete(out / "reconstruct")))
     if used := choosing(r):
-        made = pool + rebuilt
-        scored = [*(["pool"] if pool else []), *(["reconstruction"] if rebuilt else [])]
+        made = pool * len(run.pools) + rebuilt
+        scored = [*run.pools, *(["reconstruction"] if rebuilt else [])]
         lines.append(Line("score", made * len(used), made, done=all(is_complete(out / "scores" / s) for s in scored)))
     for name, stage in r.stages.items():
         batch = stage.learn.train_batch_size * stage.learn.gradient_accumulation_steps
@@ -213,7 +213,6 @@ def priced(run: Run, lines: Sequence[Line], costs: Costs) -> list[Line]:
     from limner.examples.curriculum import selectable
 
     r, result = run.recipe, []
-    kept = {"all": r.pool.images_per_prompt, "none": 0, "selected": len(selectable(r.stages))}[r.pool.keep_latents]
     for line in lines:
         kind, _, name = line.step.partition(" ")
         memory = costs.memory.get(name, costs.memory["sample"])
@@ -226,7 +225,11 @@ def priced(run: Run, lines: Sequence[Line], costs: Costs) -> list[Line]:
         elif kind == "score":
             result.append(replace(line, seconds=line.images * sum(costs.score.values()), memory=memory, disk=100 * line.calls))
         else:
-            latents = {"pool": line.images // r.pool.images_per_prompt * kept, "reconstruct": line.images}.get(kind, 0)
+            latents = line.images if kind == "reconstruct" else 0
+            if kind in run.pools:
+                n = r.pool.images_per_prompt
+                selected = len(selectable(r.stages, run.pools[kind]))
+                latents = line.images // n * {"all": n, "none": 0, "selected": selected}[r.pool.keep_latents]
             seconds = line.calls * costs.call + line.images * costs.image
             result.append(replace(line, seconds=seconds, memory=memory, disk=line.images * costs.png + latents * costs.latents))
     return result

@@ -144,6 +144,7 @@ class Source:
     Args:
         source: pool, reconstruction, real, feedback (what raters preferred, see `feedback` of the recipe), or the name of an earlier
             stage. Written `from` in YAML.
+        model: of a pool: the earlier stage that draws it ("" = the base model), so that a stage learns from its own start's images.
         pick: best or worst by score; all.
         by: a scorer's name under `scorers`.
         t: re-noising timesteps of reconstructions to choose from.
@@ -151,10 +152,16 @@ class Source:
     """
 
     source: str = "pool"
+    model: str = ""
     pick: Literal["best", "worst", "all"] = "best"
     by: str = ""
     t: list[int] = field(default_factory=list)
     role: Literal["", "winner", "loser"] = ""
+
+    @property
+    def key(self) -> str:
+        """Names these images among folders and scores: pool, pool-easy (drawn by the stage easy), reconstruction ..."""
+        return f"{self.source}-{self.model}" if self.model else self.source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +171,8 @@ class Learn:
     Args:
         loss: dpo (Diffusion-DPO) or sft (denoising error of the winner).
         beta: of DPO, per mean squared error, with the factor 1/2 of the original code.
-        statistics_weight: of HG-DPO's statistics-matching term (eq. 4); 0 = off.
+        statistics_weight: of HG-DPO's statistics-matching term (eq. 4), which keeps channel means where the reference's are (in the paper
+            that is the base model's); 0 = off.
         sft_weight: adds the winner's denoising error.
         loser_weight: multiplies the loser's gradient; `safeguard` picks it a sample.
         safeguard: mu of Diffusion-SDPO's loser safeguard; 0 = off.
@@ -243,6 +251,11 @@ class Stage:
     keep: Literal["all", "winner_not_worse"] = "all"
     wins_on: list[str] = field(default_factory=list)
     learn: Learn = field(default_factory=Learn)
+
+    @property
+    def sources(self) -> list[Source]:
+        """Of winner and loser."""
+        return [self.winner, *([self.loser] if self.loser else [])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,6 +342,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
+BASE = "base"  # the stage of this name (supervised on real images) makes the model that all others start from
 SOURCES = ("pool", "reconstruction", "real", "feedback")  # of a winner or loser; further ones are earlier stages
 
 
@@ -362,7 +376,7 @@ def check(recipe: Recipe) -> None:
         for role, source in (("winner", stage.winner), ("loser", stage.loser)):
             if source is not None:
                 _check_source(f"{at}.{role}", source, recipe, earlier)
-        if stage.keep == "winner_not_worse" and not any(s.by for s in (stage.winner, stage.loser) if s):
+        if stage.keep == "winner_not_worse" and not any(s.by for s in stage.sources):
             raise ValueError(f"{at}.keep: winner_not_worse needs a scorer: set {at}.winner.by")
         for scorer in stage.wins_on:
             if scorer not in recipe.scorers:
@@ -377,8 +391,6 @@ def _check_learn(at: str, stage: Stage, recipe: Recipe) -> None:
     learn = stage.learn
     if not 0 <= learn.min_timestep < learn.max_timestep <= 1000:
         raise ValueError(f"{at}.min_timestep, max_timestep: {learn.min_timestep}, {learn.max_timestep} lie outside the schedule 0..1000")
-    if learn.statistics_weight and learn.reference != "base":
-        raise ValueError(f"{at}.statistics_weight: the term compares with the base model (HG-DPO eq. 4); set {at}.reference: base, or 0")
     if learn.loss == "sft":
         ignored = [k for k in ("statistics_weight", "sft_weight", "safeguard") if getattr(learn, k)]
         if ignored or learn.loser_weight != 1.0:
@@ -393,6 +405,12 @@ def _check_source(at: str, source: Source, recipe: Recipe, earlier: list[str]) -
     if source.source not in (*SOURCES, *earlier):
         stages = ", ".join(earlier) or "none"
         raise ValueError(f"{at}.from: {source.source!r}; expected pool, reconstruction, real, feedback or an earlier stage ({stages})")
+    if source.model and source.source != "pool":
+        raise ValueError(f"{at}.model: {source.model}; only a pool is drawn by a stage, and this is from: {source.source}")
+    if source.model and source.model not in earlier:
+        raise ValueError(f"{at}.model: {source.model!r} is not an earlier stage ({', '.join(earlier) or 'there is none'})")
+    if source.model == BASE:
+        raise ValueError(f"{at}.model: a pool is drawn by what stage {BASE} makes anyway; leave model out")
     if source.source == "reconstruction":
         if not source.t:
             raise ValueError(f"{at}.t: empty; name the timesteps to reconstruct from, e.g. [400, 500, 600, 700]")

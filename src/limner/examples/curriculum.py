@@ -22,8 +22,8 @@ from limner.store import input_hash, is_complete, open_step, read_manifest, read
 class Candidates:
     """What a stage can choose from, in memory: prompts, images by source and prompt, scores and kept latents by image id.
 
-    images: {"pool", "reconstruction" or "feedback": {prompt id: images}}; scores: {(scorer, image id): score}; stages: examples of
-    earlier stages, {stage: {(group, role): example}}.
+    images: {"pool", "pool-easy", "reconstruction" or "feedback": {prompt id: images}}; scores: {(scorer, image id): score};
+    stages: examples of earlier stages, {stage: {(group, role): example}}.
     """
 
     prompts: dict[str, Prompt]
@@ -68,7 +68,7 @@ def pick(source: Source, prompt_id: str, candidates: Candidates, role: str) -> E
         if prompt.image is None:
             return "no real image"
         return new(image_id=f"{prompt_id}/real", image=prompt.image, source="real")
-    images = c.images.get(source.source, {}).get(prompt_id, [])
+    images = c.images.get(source.key, {}).get(prompt_id, [])
     if source.source == "reconstruction":
         images = [i for i in images if i.timestep in source.t]
     if not images:
@@ -169,7 +169,7 @@ def make_examples(
     return counts
 
 
-def selectable(stages: Mapping[str, Stage]) -> list[tuple[str, str]]:
-    """(pick, scorer) of every stage that chooses from the pool: only their latents need keeping."""
-    found = [(s.pick, s.by) for stage in stages.values() for s in (stage.winner, stage.loser) if s is not None and s.source == "pool"]
+def selectable(stages: Mapping[str, Stage], model: str = "") -> list[tuple[str, str]]:
+    """(pick, scorer) of every stage that chooses from the pool of a model ("" = the base): only their latents need keeping."""
+    found = [(s.pick, s.by) for stage in stages.values() for s in stage.sources if s.source == "pool" and s.model == model]
     return list(dict.fromkeys(found))

@@ -153,15 +153,20 @@ def reconstruct(
 
 
 def rows(
-    requests: Sequence[Request], made: Sequence[tuple[Tensor, Tensor]], sampler: Sampler, seed: int, model: str, timestep: int | None = None
+    requests: Sequence[Request],
+    made: Sequence[tuple[Tensor, Tensor]],
+    sampler: Sampler,
+    seed: int,
+    model: str,
+    timestep: int | None = None,
+    tag: str = "",
 ) -> list[Image]:
-    """Image records of what was made."""
+    """Image records of what was made; ids are those of the requests, with @tag if there is one."""
     described = json.dumps({"scheduler": "DPMSolverMultistep", **asdict(sampler)}, sort_keys=True)
     encoded = [encode_png(pixels) for pixels, _ in made]
-    tag = "" if timestep is None else f"@t{timestep}"
     return [
         Image(
-            id=r.id + tag,
+            id=f"{r.id}@{tag}" if tag else r.id,
             prompt_id=r.prompt.id,
             text=r.prompt.text,
             image=data,

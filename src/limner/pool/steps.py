@@ -83,6 +83,7 @@ def make_pool(
     select: Select | None = None,
     keep_all_latents: bool = False,
     model: str = "",
+    drawn_by: str = "",
     part: tuple[int, int] = (0, 1),
 ) -> None:
     """Make `images_per_prompt` images of every prompt (of the first `limit`).
@@ -91,6 +92,7 @@ def make_pool(
         kind: pool or generate.
         select: image rows of a shard to the ids whose latents are kept (those that a stage may pick).
         model: identity of the weights; by default the pipeline's.
+        drawn_by: of a pool: the stage whose model this is; keeps its images' ids apart from the base's.
         part: (i, n) of `--shard i/n`.
     """
     prompts = Rows(prompts_folder, Prompt, limit)
@@ -107,7 +109,7 @@ def make_pool(
         sizes = [image_size(p.image) if p.image else (resolution, resolution) for p in chosen]
         requests = [sample.Request(p, k, w, h) for p, (w, h) in zip(chosen, sizes) for k in range(images_per_prompt)]
         made = sample.sample(pipeline, requests, sampler, seed, progress)
-        rows = sample.rows(requests, made, sampler, seed, model or pipeline.hash)
+        rows = sample.rows(requests, made, sampler, seed, model or pipeline.hash, tag=drawn_by)
         keep = {r.id for r in rows} if keep_all_latents else select(rows) if select else set()
         tables = {"part": to_table(Image, rows)}
         if keep:
@@ -150,7 +152,7 @@ def make_reconstructions(
                 real = torch.stack([to_tensor(decode(p.image or b"", p.id)) for p in same])
                 made = sample.reconstruct(pipeline, same, real, t, sampler, seed, progress)
                 requests = [sample.Request(p, 0, width, height) for p in same]
-                new = sample.rows(requests, made, sampler, seed, pipeline.hash, t)
+                new = sample.rows(requests, made, sampler, seed, pipeline.hash, t, tag=f"t{t}")
                 rows += new
                 latents += [(r.id, z) for r, (_, z) in zip(new, made)]
         return {"part": to_table(Image, rows), "latents": latents_table(latents)}

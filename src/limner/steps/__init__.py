@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from limner.config import dump
+from limner.recipe import BASE
 from limner.steps.judge import evaluate, generate, report
 from limner.steps.learn import train
 from limner.steps.make import examples, pool, prompts, reconstruct, score
-from limner.steps.run import BASE, Run, resolve, stage_of
+from limner.steps.run import Run, resolve, stage_of
 from limner.store import write_atomic
 
 
@@ -22,9 +23,12 @@ def run_all(run: Run) -> None:
         pool(run)
     reconstruct(run)
     score(run)
-    for stage in run.recipe.stages:
-        examples(run, stage)
-        train(run, stage)
+    for name, stage in run.recipe.stages.items():
+        if any(source.model for source in stage.sources):  # its start has learned since the first pool: draw with that
+            pool(run)
+            score(run)
+        examples(run, name)
+        train(run, name)
     generate(run)
     evaluate(run)
     report(run)

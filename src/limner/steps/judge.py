@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from limner.config import dump
-from limner.steps.learn import identity_of
 from limner.steps.make import prompts
 from limner.steps.run import FIGURES, Run, resolve
 from limner.store import write_atomic
@@ -20,7 +19,6 @@ DIVERSITY_SEEDS = 4
 
 def generate(run: Run, only: Sequence[str] = ()) -> None:
     """One image of every evaluation prompt from the base and from each stage, at equal seeds; more of some, for diversity."""
-    from limner.models.lora import load_lora, set_adapter_scale
     from limner.pool.steps import make_pool
 
     r, split = run.recipe, run.recipe.evaluate.split
@@ -31,17 +29,12 @@ def generate(run: Run, only: Sequence[str] = ()) -> None:
         jobs = [(run.out / "generate" / split / model, 1, 0)]
         if r.evaluate.diversity_prompts:
             jobs.append((run.out / "generate" / f"{split}-diversity" / model, DIVERSITY_SEEDS, r.evaluate.diversity_prompts))
-        pipeline, name = run.fresh(), "base"
-        if model != "base":
-            scale = r.generate.stage_lora_scale.get(model, r.generate.lora_scale)
-            blocks = r.generate.stage_blocks.get(model, r.generate.blocks)
-            load_lora(pipeline.unet, run.out / "train" / model / "adapter", "policy")
-            set_adapter_scale(pipeline.unet, "policy", scale, blocks)
-            name = f"{model}:{identity_of(run, model).get('adapter', '')}:{scale:g}:{'+'.join(blocks)}"
+        scale = r.generate.stage_lora_scale.get(model, r.generate.lora_scale)
+        pipeline, name = run.adapted(model, scale, r.generate.stage_blocks.get(model, r.generate.blocks))
         for folder, count, limit in jobs:
             make_pool(
                 pipeline, run.out / "prompts" / split, folder, kind="generate", sampler=r.sampler, images_per_prompt=count,
-                resolution=r.data.resolution, seed=r.seed + 1, limit=limit, model=name if model != "base" else "", prompts_per_shard=64,
+                resolution=r.data.resolution, seed=r.seed + 1, limit=limit, model=name, prompts_per_shard=64,
             )  # fmt: skip
 
 

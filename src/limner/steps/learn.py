@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limner.config import dump, to_dict
+from limner.recipe import BASE
 from limner.steps.make import prompts
-from limner.steps.run import BASE, Run
+from limner.steps.run import Run
 from limner.store import differences, input_hash, write_atomic
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def _stage_identity(run: Run, name: str) -> dict[str, Any]:
     learn = to_dict(stage.learn)
     for key in ("checkpointing_steps", "checkpoints_total_limit", "sample_steps", "gradient_checkpointing"):
         learn.pop(key)  # do not change the result
-    started = identity_of(run, stage.start).get("adapter", "") if stage.start else ""
+    started = run.identity_of(stage.start).get("adapter", "") if stage.start else ""
     return {
         "learn": learn,
         "start": started,
@@ -101,13 +102,8 @@ def _stage_identity(run: Run, name: str) -> dict[str, Any]:
     }
 
 
-def identity_of(run: Run, name: str) -> dict[str, Any]:
-    path = run.out / "train" / name / "identity.json"
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
-
-
 def _trained(run: Run, name: str) -> bool:
-    found = identity_of(run, name)
+    found = run.identity_of(name)
     return "adapter" in found and {k: v for k, v in found.items() if k != "adapter"} == json.loads(json.dumps(_stage_identity(run, name)))
 
 
@@ -130,7 +126,7 @@ def _adapter_weights(run: Run, name: str) -> dict[str, Any]:
     from limner import checkpoint
 
     found = checkpoint.latest(run.out / "train" / name)
-    if found is None or not identity_of(run, name).get("adapter"):
+    if found is None or not run.identity_of(name).get("adapter"):
         raise ValueError(f"stage {name} is not trained; run `limner train` with --stage {name} first")
     return checkpoint.load(found)[0]["adapter"]
 

@@ -44,18 +44,27 @@ def _has_prompts(run: Run, folder: Path, source: str, limit: int) -> bool:
 
 
 def pool(run: Run) -> None:
-    """Images of the training prompts to choose from: stages by scorers, or people."""
+    """Images of the training prompts to choose from: stages by scorers, or people. Pools of stages are drawn once those are trained."""
+    for name, model in (run.pools or {"pool": ""}).items():
+        if model and not run.identity_of(model).get("adapter"):
+            print(f"{name}: drawn when stage {model} is trained")
+        else:
+            _draw(run, name, model)
+
+
+def _draw(run: Run, name: str, model: str) -> None:
     from limner.examples.curriculum import selectable
     from limner.pool.steps import make_pool
 
     r = run.recipe
     prompts(run, ["train"])
     keep = r.pool.keep_latents
+    pipeline, identity = run.adapted(model)
     make_pool(
-        run.pipeline, run.out / "prompts/train", run.out / "pool", kind="pool", sampler=r.sampler,
+        pipeline, run.out / "prompts/train", run.out / name, kind="pool", sampler=r.sampler, drawn_by=model, model=identity,
         images_per_prompt=r.pool.images_per_prompt, resolution=r.data.resolution, seed=r.seed,
         prompts_per_shard=r.pool.prompts_per_shard, keep_all_latents=keep == "all", part=run.part,
-        select=_selector(run, selectable(r.stages)) if keep == "selected" else None,
+        select=_selector(run, selectable(r.stages, model)) if keep == "selected" else None,
     )  # fmt: skip
 
 
@@ -92,24 +101,28 @@ def reconstruct(run: Run) -> None:
         )  # fmt: skip
 
 
-def _sources(run: Run) -> dict[str, Path]:
-    found = {"pool": run.out / "pool"} if run.uses("pool") else {}
+def _sources(run: Run, stage: str = "") -> dict[str, Path]:
+    """Folders of images by source. Of a stage, without the pools that only later ones choose from: they are not drawn yet."""
+    names = list(run.recipe.stages)
+    until = [run.recipe.stages[n] for n in (names[: names.index(stage) + 1] if stage else names)]
+    known = {r.key for s in until for r in s.sources}
+    found = {name: run.out / name for name, model in run.pools.items() if not model or name in known}
     return found | ({"reconstruction": run.out / "reconstruct"} if run.timesteps else {})
 
 
 def choosing(recipe: Recipe) -> list[str]:
     """The scorers that stages choose by."""
     stages = recipe.stages.values()
-    return list(dict.fromkeys(n for s in stages for n in (*(r.by for r in (s.winner, s.loser) if r and r.by), *s.wins_on)))
+    return list(dict.fromkeys(n for s in stages for n in (*(r.by for r in s.sources if r.by), *s.wins_on)))
 
 
 def score(run: Run) -> None:
-    """Score pool and reconstructions with the scorers that stages choose by."""
+    """Score pools and reconstructions with the scorers that stages choose by; pools of stages once they are drawn."""
     from limner.scorers.steps import make_scores
 
     names = choosing(run.recipe)
     for source, folder in _sources(run).items():
-        if names:
+        if names and (is_complete(folder) or not run.pools.get(source)):
             make_scores(folder, run.out / "scores" / source, [run.scorers[n] for n in names], part=run.part)
 
 
@@ -120,11 +133,11 @@ def examples(run: Run, name: str) -> None:
 
     prompts(run, ["train"])
     stage, folder = run.recipe.stages[name], run.out / "examples" / name
-    earlier = {r.source for r in (stage.winner, stage.loser) if r and r.source in run.recipe.stages}
-    by = any(r.by for r in (stage.winner, stage.loser) if r) or stage.wins_on
-    scores = [p for s in _sources(run) if is_complete(p := run.out / "scores" / s)] if by else []
-    used = {r.source for r in (stage.winner, stage.loser) if r}
-    sources = {k: v for k, v in _sources(run).items() if k in used}
+    earlier = {r.source for r in stage.sources if r.source in run.recipe.stages}
+    by = any(r.by for r in stage.sources) or stage.wins_on
+    scores = [p for s in _sources(run, name) if is_complete(p := run.out / "scores" / s)] if by else []
+    used = {r.key for r in stage.sources}
+    sources = {k: v for k, v in _sources(run, name).items() if k in used}
     if FEEDBACK in used:
         preferred = Path(run.recipe.feedback) / "preferences"
         sources[FEEDBACK], scores = preferred / "images", [*scores, preferred / "scores"]

@@ -1,19 +1,20 @@
 """A run: a recipe, its folders, and what it names (model, scorers, data), loaded when first used.
 
-prompts/<split>  ->  pool, reconstruct  ->  scores/<source>  ->  examples/<stage>  ->  train/<stage>
+prompts/<split>  ->  pool, pool-<stage>, reconstruct  ->  scores/<source>  ->  examples/<stage>  ->  train/<stage>
                  ->  generate/<split>/<model>  ->  metrics.json, report.html
 """
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from limner.recipe import Recipe, ScorerSpec, Stage
+from limner.recipe import BASE, Recipe, ScorerSpec, Stage
 
 if TYPE_CHECKING:
     from limner.models.stable_diffusion import Pipeline
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from limner.scorers.reader import FigureReader
 
 FIGURES = "figures"
-BASE = "base"  # the stage of this name (supervised on real images) makes the model that all others start from
 
 
 class Run:
@@ -56,6 +56,26 @@ class Run:
         self.pipeline.move_encoders(self.pipeline.device)
         return self.pipeline
 
+    def adapted(self, stage: str, scale: float = 1.0, blocks: Sequence[str] = ("all",)) -> tuple[Pipeline, str]:
+        """The model of a trained stage ("" or base: without adapter), and what identifies its weights ("" = the base model's).
+
+        Raises:
+            ValueError: the stage is not trained.
+        """
+        from limner.models.lora import load_lora, set_adapter_scale
+
+        pipeline = self.fresh()
+        if stage in ("", BASE):
+            return pipeline, ""
+        load_lora(pipeline.unet, self.out / "train" / stage / "adapter", "policy")
+        set_adapter_scale(pipeline.unet, "policy", scale, list(blocks))
+        return pipeline, f"{stage}:{self.identity_of(stage).get('adapter', '')}:{scale:g}:{'+'.join(blocks)}"
+
+    def identity_of(self, stage: str) -> dict[str, Any]:
+        """What decided a stage's weights, and `adapter` once it is trained."""
+        path = self.out / "train" / stage / "identity.json"
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+
     @cached_property
     def scorers(self) -> dict[str, Scorer]:
         """The recipe's scorers (readers are not scorers)."""
@@ -68,12 +88,15 @@ class Run:
     @property
     def timesteps(self) -> list[int]:
         """The re-noising levels that any stage uses: no others are made."""
-        return sorted(
-            {t for s in self.recipe.stages.values() for r in (s.winner, s.loser) if r and r.source == "reconstruction" for t in r.t}
-        )
+        return sorted({t for s in self.recipe.stages.values() for r in s.sources if r.source == "reconstruction" for t in r.t})
 
     def uses(self, source: str) -> bool:
-        return any(r.source == source for s in self.recipe.stages.values() for r in (s.winner, s.loser) if r)
+        return any(r.source == source for s in self.recipe.stages.values() for r in s.sources)
+
+    @property
+    def pools(self) -> dict[str, str]:
+        """The pools that stages choose from: their folders' names, and the stages that draw them ("" = the base model)."""
+        return {r.key: r.model for s in self.recipe.stages.values() for r in s.sources if r.source == "pool"}
 
     @property
     def compared(self) -> list[str]:

@@ -1,0 +1,115 @@
+"""Pools that a trained stage draws: a later stage chooses among images of the model it starts from."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from PIL import Image as Picture
+
+from chain import write_recipe
+from limner import seeds
+from limner.cli import main
+from limner.recipe import Source, Stage, load_recipe
+from limner.records import Example, Image, Score
+from limner.store import read_manifest, read_rows
+
+POOL = {"from": "pool", "model": "easy", "by": "picker"}
+
+
+def curriculum(folder: Path, **again: object) -> Path:
+    """Stage `again` chooses from the pool of stage easy."""
+    learn = {"max_train_steps": 2, "train_batch_size": 2, "rank": 2, "learning_rate": 0.3, "checkpointing_steps": 1}
+    pick = [{"from": "pool", "pick": p, "by": "picker"} for p in ("best", "worst")]
+    easy = {"winner": pick[0], "loser": pick[1], "learn": learn}
+    stage = {"start": "easy", "winner": {**POOL, "pick": "best"}, "loser": {**POOL, "pick": "worst"}, "learn": learn, **again}
+    return write_recipe(folder, stages={"easy": easy, "again": stage, "normal": None, "hard": None}, generate={"stage_blocks": None})
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("again")
+    assert main(["run", str(curriculum(folder))]) == 0
+    return folder
+
+
+def test_the_pool_is_drawn_with_the_stages_adapter(ran: Path) -> None:
+    """The same picture as diffusers draws with the LoRA that the stage wrote, from the same noise, and another than the base's."""
+    out = ran / "out"
+    mine = {i.id: i for i in read_rows(out / "pool-easy", Image)}
+    base = {i.id: i for i in read_rows(out / "pool", Image)}
+    assert set(mine) == {f"{i}@easy" for i in base}, "as many, told apart by their ids"
+    image = next(iter(mine.values()))
+    pipe = StableDiffusionPipeline.from_pretrained(ran / "model", safety_checker=None)
+    pipe.load_lora_weights(out / "train/easy/adapter")
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    found = np.asarray(Picture.open(io.BytesIO(image.image))) / 255
+    side = found.shape[0] // pipe.vae_scale_factor
+    noise = seeds.noise((pipe.unet.config.in_channels, side, side), [(0, "pool", image.prompt_id, image.k)])
+    with torch.no_grad():
+        theirs = pipe(image.text, num_inference_steps=2, guidance_scale=2.0, latents=noise, output_type="np").images[0]
+    before = np.asarray(Picture.open(io.BytesIO(base[image.id.removesuffix("@easy")].image))) / 255
+    assert found.shape == theirs.shape
+    assert np.abs(found - theirs).max() < 0.02
+    assert np.abs(found - before).max() > 0.05
+
+
+def test_pairs_come_from_that_pool_by_its_own_scores(ran: Path) -> None:
+    out = ran / "out"
+    score = {s.image_id: s.score for s in read_rows(out / "scores/pool-easy", Score)}
+    pairs = list(read_rows(out / "examples/again", Example))
+    assert len(pairs) == 2 * 6
+    for e in pairs:
+        group = [s for i, s in score.items() if i.startswith(f"{e.group}/")]
+        assert len(group) == 3
+        assert score[e.image_id] == (max(group) if e.role == "winner" else min(group))
+    assert not any("pool-easy" in name for name in read_manifest(out / "examples/easy")["inputs"]), "easy came before that pool"
+
+
+def test_running_again_changes_nothing(ran: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (ran / "out").rglob("*.parquet")}
+    assert main(["run", str(ran / "recipe.yaml")]) == 0
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_step_by_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before easy is trained its pool waits and the stage that needs it says so; afterwards pool and score make it up."""
+    recipe, out = str(curriculum(tmp_path)), tmp_path / "out"
+    assert main(["pool", "--config", recipe]) == 0
+    assert "pool-easy: drawn when stage easy is trained" in capsys.readouterr().out
+    assert main(["score", "--config", recipe]) == 0
+    assert main(["examples", "--stage", "again", "--config", recipe]) == 2
+    assert "pool-easy" in capsys.readouterr().err
+    for command in ("examples", "train"):
+        assert main([command, "--stage", "easy", "--config", recipe]) == 0
+    for command in (["pool"], ["score"], ["examples", "--stage", "again"], ["train", "--stage", "again"]):
+        assert main([*command, "--config", recipe]) == 0
+    assert len(list(read_rows(out / "pool-easy", Image))) == 18
+    assert (out / "train/again/adapter").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("winner", "message"),
+    [
+        ({"from": "pool", "model": "late", "by": "picker"}, "stages.again.winner.model: 'late' is not an earlier stage (easy)"),
+        ({"from": "real", "model": "easy"}, "stages.again.winner.model: easy; only a pool is drawn by a stage, and this is from: real"),
+    ],
+)
+def test_what_cannot_be(tmp_path: Path, winner: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_recipe(curriculum(tmp_path, winner=winner))
+
+
+def test_only_its_own_picks_keep_latents() -> None:
+    from limner.examples.curriculum import selectable
+
+    best = Source(source="pool", pick="best", by="a")
+    worst = Source(source="pool", pick="worst", by="b", model="easy")
+    stages = {"easy": Stage(winner=best, loser=None), "again": Stage(winner=worst, loser=None)}
+    assert selectable(stages) == [("best", "a")]
+    assert selectable(stages, "easy") == [("worst", "b")]
