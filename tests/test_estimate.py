@@ -36,6 +36,13 @@ def test_without_guidance_there_is_one_branch(tmp_path: Path) -> None:
     assert lines["generate"].images == (6 + 4 * 4) * 4
 
 
+def test_a_pool_of_mixed_guidance(tmp_path: Path) -> None:
+    """Of 3 images the first and third have one branch, the second two."""
+    run = Run(load_recipe(write_recipe(tmp_path, pool={"guidance_scales": [1.0, 3.0]})))
+    lines = {line.step: line for line in plan(run, Counts(6, 6, 16, 16))}
+    assert lines["pool"] == Line("pool", 6 * (1 + 2 + 1) * 2, 18)
+
+
 def test_a_dry_run_prints_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write_recipe(tmp_path)
     before = files(tmp_path)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
@@ -9,7 +12,7 @@ from torch import Tensor
 
 from limner import seeds
 from limner.models.stable_diffusion import Pipeline, wrap
-from limner.pool.sample import Request, denoise, make_scheduler, reconstruct, sample
+from limner.pool.sample import Request, denoise, make_scheduler, reconstruct, rows, sample
 from limner.recipe import Sampler
 from limner.records import Prompt
 from tiny import tiny_pipeline
@@ -50,6 +53,17 @@ def test_equals_diffusers_own_pipeline(prediction: str, guidance: float, negativ
     sampler = Sampler(num_inference_steps=6, guidance_scale=guidance, negative_prompt=negative)
     made = sample(wrap(pipe, device="cpu"), [Request(p, 0, 24, 16) for p in PROMPTS], sampler, 5)
     assert torch.allclose(torch.stack([x for x, _ in made]), torch.from_numpy(wanted).permute(0, 3, 1, 2), atol=1e-4)
+
+
+def test_a_request_can_have_its_own_guidance(tiny: Pipeline) -> None:
+    """Of a mixed list each image is what a list of its guidance alone gives, and its record says which that was."""
+    mixed = [replace(r, guidance_scale=[None, 1.0][r.k]) for r in requests()]
+    made = sample(tiny, mixed, SAMPLER, 0)
+    guided, plain = (sample(tiny, requests(), replace(SAMPLER, guidance_scale=g), 0) for g in (3.0, 1.0))
+    assert close(made[0::2], guided[0::2])
+    assert close(made[1::2], plain[1::2])
+    assert not close(made[1::2], guided[1::2], 1e-2)
+    assert [json.loads(i.sampler)["guidance_scale"] for i in rows(mixed, made, SAMPLER, 0, "")] == [3.0, 1.0] * 4
 
 
 def test_decoded_latents_are_the_pixels(tiny: Pipeline) -> None:

@@ -91,11 +91,13 @@ class Pool:
 
     Args:
         images_per_prompt: N, at least 2 (HG-DPO: 20).
+        guidance_scales: of a prompt's images in turn ([1.0, 3.0]: every second one is guided); empty = the sampler's.
         prompts_per_shard: how often work is saved.
         keep_latents: of which images: selected (those that a stage may pick), all, or none.
     """
 
     images_per_prompt: int = 20
+    guidance_scales: list[float] = field(default_factory=list)
     prompts_per_shard: int = 32
     keep_latents: Literal["selected", "all", "none"] = "selected"
 
@@ -354,6 +356,8 @@ def check(recipe: Recipe) -> None:
     """
     if recipe.pool.images_per_prompt < 2:
         raise ValueError(f"pool.images_per_prompt: {recipe.pool.images_per_prompt}; a pair needs at least 2")
+    if len(recipe.pool.guidance_scales) > recipe.pool.images_per_prompt:
+        raise ValueError(f"pool.guidance_scales: {len(recipe.pool.guidance_scales)} for {recipe.pool.images_per_prompt} images a prompt")
     if not recipe.output_dir:
         raise ValueError("output_dir: not set; every step writes below it, e.g. --output_dir runs/mine")
     for name, spec in recipe.scorers.items():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
@@ -25,16 +25,21 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Request:
-    """One image to make: image k of a prompt, in a size."""
+    """One image to make: image k of a prompt, in a size; guidance_scale: None = the sampler's."""
 
     prompt: Prompt
     k: int
     width: int
     height: int
+    guidance_scale: float | None = None
 
     @property
     def id(self) -> str:
         return f"{self.prompt.id}/{self.k}"
+
+    def sampler(self, default: Sampler) -> Sampler:
+        """How this image is made."""
+        return default if self.guidance_scale is None else replace(default, guidance_scale=self.guidance_scale)
 
 
 @torch.no_grad()
@@ -96,7 +101,7 @@ def sample(
     """Images of the requests, in order: (pixels (3, H, W) in [0, 1], latents (C, h, w)), both on the CPU.
 
     Image (prompt, k) starts from noise seeded by (seed, "pool", prompt id, k); texts are encoded once; batches hold any
-    prompts of one size.
+    prompts of one size and guidance.
     """
     texts = list(dict.fromkeys(r.prompt.text for r in requests))
     states = dict(zip(texts, pipeline.encode_text(texts)))
@@ -106,7 +111,8 @@ def sample(
         chosen = [requests[i] for i in batch]
         shape = pipeline.latent_shape(chosen[0].height, chosen[0].width)
         noise = seeds.noise(shape, [(seed, "pool", r.prompt.id, r.k) for r in chosen])
-        latents = denoise(pipeline, noise, torch.stack([states[r.prompt.text] for r in chosen]), empty, sampler, hook=hook)
+        text = torch.stack([states[r.prompt.text] for r in chosen])
+        latents = denoise(pipeline, noise, text, empty, chosen[0].sampler(sampler), hook=hook)
         for i, pixels, z in zip(batch, pipeline.decode_latents(latents).cpu(), latents.float().cpu()):
             results[i] = (pixels, z)
         progress(len(batch))
@@ -114,11 +120,11 @@ def sample(
 
 
 def _batches(requests: Sequence[Request], size: int) -> list[list[int]]:
-    """Indices by size of image, cut into batches."""
-    by_size: dict[tuple[int, int], list[int]] = {}
+    """Indices by size of image and guidance, cut into batches."""
+    alike: dict[tuple[int, int, float | None], list[int]] = {}
     for i, r in enumerate(requests):
-        by_size.setdefault((r.width, r.height), []).append(i)
-    return [group[j : j + size] for group in by_size.values() for j in range(0, len(group), size)]
+        alike.setdefault((r.width, r.height, r.guidance_scale), []).append(i)
+    return [group[j : j + size] for group in alike.values() for j in range(0, len(group), size)]
 
 
 def reconstruct(
@@ -162,7 +168,6 @@ def rows(
     tag: str = "",
 ) -> list[Image]:
     """Image records of what was made; ids are those of the requests, with @tag if there is one."""
-    described = json.dumps({"scheduler": "DPMSolverMultistep", **asdict(sampler)}, sort_keys=True)
     encoded = [encode_png(pixels) for pixels, _ in made]
     return [
         Image(
@@ -173,7 +178,7 @@ def rows(
             k=r.k,
             seed=seed,
             timestep=timestep,
-            sampler=described,
+            sampler=json.dumps({"scheduler": "DPMSolverMultistep", **asdict(r.sampler(sampler))}, sort_keys=True),
             model=model,
         )
         for r, data in zip(requests, encoded)

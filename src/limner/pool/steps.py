@@ -76,6 +76,7 @@ def make_pool(
     kind: str,
     sampler: Sampler,
     images_per_prompt: int,
+    guidance_scales: Sequence[float] = (),
     resolution: int,
     seed: int,
     prompts_per_shard: int = 32,
@@ -90,6 +91,7 @@ def make_pool(
 
     Args:
         kind: pool or generate.
+        guidance_scales: of a prompt's images in turn; empty = the sampler's.
         select: image rows of a shard to the ids whose latents are kept (those that a stage may pick).
         model: identity of the weights; by default the pipeline's.
         drawn_by: of a pool: the stage whose model this is; keeps its images' ids apart from the base's.
@@ -102,12 +104,14 @@ def make_pool(
         "latents": "all" if keep_all_latents else "selected" if select else "none",
         "dtype": str(pipeline.dtype), "threads": torch.get_num_threads(),
     }  # fmt: skip
+    config |= {"guidance_scales": list(guidance_scales)} if guidance_scales else {}
     step = open_step(folder, kind, config, {"prompts": input_hash(prompts_folder)})
+    scales = [guidance_scales[k % len(guidance_scales)] if guidance_scales else None for k in range(images_per_prompt)]
 
     def work(_: int, span: range, progress: Progress) -> dict[str, pa.Table]:
         chosen = prompts.read(span.start, span.stop)
         sizes = [image_size(p.image) if p.image else (resolution, resolution) for p in chosen]
-        requests = [sample.Request(p, k, w, h) for p, (w, h) in zip(chosen, sizes) for k in range(images_per_prompt)]
+        requests = [sample.Request(p, k, w, h, scales[k]) for p, (w, h) in zip(chosen, sizes) for k in range(images_per_prompt)]
         made = sample.sample(pipeline, requests, sampler, seed, progress)
         rows = sample.rows(requests, made, sampler, seed, model or pipeline.hash, tag=drawn_by)
         keep = {r.id for r in rows} if keep_all_latents else select(rows) if select else set()

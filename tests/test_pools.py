@@ -1,8 +1,9 @@
-"""Pools that a trained stage draws: a later stage chooses among images of the model it starts from."""
+"""Pools that a trained stage draws, for a later one that starts from it; and pools of several guidance scales."""
 
 from __future__ import annotations
 
 import io
+import json
 import re
 from pathlib import Path
 
@@ -103,6 +104,17 @@ def test_step_by_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_what_cannot_be(tmp_path: Path, winner: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         load_recipe(curriculum(tmp_path, winner=winner))
+
+
+def test_guidance_by_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(write_recipe(tmp_path, pool={"guidance_scales": [1.0, 3.0]}))
+    assert main(["pool", "--config", recipe]) == 0
+    scales = [json.loads(i.sampler)["guidance_scale"] for i in read_rows(tmp_path / "out/pool", Image)]
+    assert scales == [1.0, 3.0, 1.0] * 6
+    assert main(["pool", "--config", recipe, "--pool.guidance_scales", "[1.0, 4.0]"]) == 2, "another pool than the one that lies there"
+    assert "guidance_scales" in capsys.readouterr().err
+    assert main(["pool", "--config", recipe, "--pool.guidance_scales", "[1, 2, 3, 4]"]) == 2
+    assert "pool.guidance_scales: 4 for 3 images a prompt" in capsys.readouterr().err
 
 
 def test_only_its_own_picks_keep_latents() -> None:
