@@ -177,3 +177,17 @@ def test_a_stage_may_not_be_called_as_a_source_is(tmp_path: Path, name: str) -> 
     stages = {name: SMALL["stages"]["easy"]}  # type: ignore[index]
     with pytest.raises(ValueError, match=f"stages.{name}: the name '{name}' is that of a source"):
         load_recipe(written(tmp_path, stages=stages))
+
+
+@pytest.mark.parametrize("command", [["figures", "make"], ["figures", "hps"], ["run"], ["scorer", "train"], ["annotate", "serve"]])
+def test_files_that_are_no_recipes(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command that reads YAML says in one line what is wrong with the file."""
+    assert main([*command, "--config", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml" in capsys.readouterr().err
+    path = tmp_path / "list.yaml"
+    path.write_text("- a\n- b\n")
+    assert main([*command, "--config", str(path)]) == 2
+    assert "holds a list; expected keys and values" in capsys.readouterr().err
+    path.write_text("a: [1")
+    assert main([*command, "--config", str(path)]) == 2
+    assert "is not YAML" in capsys.readouterr().err

@@ -20,11 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
 from limner import seeds
-from limner.config import build, to_dict
+from limner.config import build, dump, read_yaml, to_dict
 from limner.figures import fitting
 from limner.figures.candidates import REAL, Hps, Row, make_images, observer, painter, pixels, read_candidates, world_rows
 from limner.figures.choosers import choose
@@ -40,9 +39,9 @@ def run_hps(path: Path, overrides: Sequence[str], *, print_config: bool = False)
     Raises:
         ValueError: unknown keys, or a part of the world that is not made yet.
     """
-    config = build(Hps, yaml.safe_load(path.read_text()) or {}, overrides, str(path))
+    config = build(Hps, read_yaml(path), overrides, str(path))
     if print_config:
-        print(yaml.safe_dump(to_dict(config), sort_keys=False))
+        print(dump(config))
         return 0
     from limner.figures.candidates import resolve
     from limner.figures.hps_report import report

@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 from PIL import Image
 
-from limner.config import build, to_dict
+from limner.config import build, dump, read_yaml
 from limner.engine import Progress, run_shards, spans
 from limner.figures.assets import DATA, SPLITS
 from limner.figures.fitting import save_whole
@@ -101,9 +100,9 @@ def make_world(path: Path, overrides: Sequence[str], *, print_config: bool = Fal
     Raises:
         ValueError: unknown keys, or a part that needs one that is not made yet.
     """
-    world = build(World, yaml.safe_load(path.read_text()) or {}, overrides, str(path))
+    world = build(World, read_yaml(path), overrides, str(path))
     if print_config:
-        print(yaml.safe_dump(to_dict(world), sort_keys=False))
+        print(dump(world))
         return 0
     unknown = [p for p in world.only if p not in PARTS]
     if unknown:
