@@ -1,0 +1,95 @@
+"""What about a recipe cannot be and its types cannot say: every message has the dotted path of the field and what was expected."""
+
+from __future__ import annotations
+
+import warnings
+
+from limner.recipe import BASE, Recipe, Source, Stage
+
+SOURCES = ("pool", "reconstruction", "real", "feedback")  # of a winner or loser; further ones are earlier stages
+
+
+def check(recipe: Recipe) -> None:
+    """What types cannot say.
+
+    Raises:
+        ValueError: with the dotted path of the field and what was expected.
+    """
+    if recipe.pool.images_per_prompt < 2:
+        raise ValueError(f"pool.images_per_prompt: {recipe.pool.images_per_prompt}; a pair needs at least 2")
+    if len(recipe.pool.guidance_scales) > recipe.pool.images_per_prompt:
+        raise ValueError(f"pool.guidance_scales: {len(recipe.pool.guidance_scales)} for {recipe.pool.images_per_prompt} images a prompt")
+    if not recipe.output_dir:
+        raise ValueError("output_dir: not set; every step writes below it, e.g. --output_dir runs/mine")
+    for name, spec in recipe.scorers.items():
+        if (spec.kind == "sum") != bool(spec.of):
+            raise ValueError(f"scorers.{name}.of: goes with kind sum, e.g. {{kind: sum, of: {{preference: 1.0, attributes: 2.0}}}}")
+        if unknown := [n for n in spec.of if n not in recipe.scorers or recipe.scorers[n].kind in ("sum", "reader")]:
+            raise ValueError(f"scorers.{name}.of: {unknown[0]!r} is no scorer that can be added; there are {', '.join(recipe.scorers)}")
+    earlier: list[str] = []
+    for name, stage in recipe.stages.items():
+        at = f"stages.{name}"
+        if name in SOURCES:
+            raise ValueError(f"{at}: the name {name!r} is that of a source of images; call the stage otherwise")
+        if stage.start and stage.start not in earlier:
+            raise ValueError(f"{at}.start: {stage.start!r} is not an earlier stage ({', '.join(earlier) or 'there is none'})")
+        _check_learn(f"{at}.learn", stage, recipe)
+        if stage.learn.loss == "dpo" and stage.loser is None:
+            raise ValueError(f"{at}.loser: not set; loss dpo compares a winner with a loser")
+        if stage.learn.reference == "start" and not stage.start:
+            raise ValueError(f"{at}.learn.reference: start needs {at}.start")
+        for role, source in (("winner", stage.winner), ("loser", stage.loser)):
+            if source is not None:
+                _check_source(f"{at}.{role}", source, recipe, earlier)
+        if stage.keep == "winner_not_worse" and not any(s.by for s in stage.sources):
+            raise ValueError(f"{at}.keep: winner_not_worse needs a scorer: set {at}.winner.by")
+        for scorer in stage.wins_on:
+            if scorer not in recipe.scorers:
+                raise ValueError(f"{at}.wins_on: no scorer {scorer!r} under scorers ({', '.join(recipe.scorers) or 'none'})")
+        earlier.append(name)
+    for key in ("preference", "judge", "reader"):
+        if (scorer := getattr(recipe.evaluate, key)) and scorer not in recipe.scorers:
+            raise ValueError(f"evaluate.{key}: no scorer {scorer!r} under scorers ({', '.join(recipe.scorers) or 'none'})")
+
+
+def _check_learn(at: str, stage: Stage, recipe: Recipe) -> None:
+    learn = stage.learn
+    if not 0 <= learn.min_timestep < learn.max_timestep <= 1000:
+        raise ValueError(f"{at}.min_timestep, max_timestep: {learn.min_timestep}, {learn.max_timestep} lie outside the schedule 0..1000")
+    if learn.loss == "sft":
+        ignored = [k for k in ("statistics_weight", "sft_weight", "safeguard") if getattr(learn, k)]
+        if ignored or learn.loser_weight != 1.0:
+            warnings.warn(f"{at}: {', '.join(ignored or ['loser_weight'])} ignored: loss sft has no loser", stacklevel=2)
+    for key in ("rank", "lora_alpha", "blocks") if stage.start else ():
+        mine, before = getattr(learn, key), getattr(recipe.stages[stage.start].learn, key)
+        if mine != before:
+            raise ValueError(f"{at}.{key}: {mine}, but stage {stage.start} has {before}; adapter continue trains the same LoRA on")
+
+
+def _check_source(at: str, source: Source, recipe: Recipe, earlier: list[str]) -> None:
+    if source.source not in (*SOURCES, *earlier):
+        stages = ", ".join(earlier) or "none"
+        raise ValueError(f"{at}.from: {source.source!r}; expected pool, reconstruction, real, feedback or an earlier stage ({stages})")
+    if source.model and source.source != "pool":
+        raise ValueError(f"{at}.model: {source.model}; only a pool is drawn by a stage, and this is from: {source.source}")
+    if source.model and source.model not in earlier:
+        raise ValueError(f"{at}.model: {source.model!r} is not an earlier stage ({', '.join(earlier) or 'there is none'})")
+    if source.model == BASE:
+        raise ValueError(f"{at}.model: a pool is drawn by what stage {BASE} makes anyway; leave model out")
+    if source.source == "reconstruction":
+        if not source.t:
+            raise ValueError(f"{at}.t: empty; name the timesteps to reconstruct from, e.g. [400, 500, 600, 700]")
+        for t in source.t:
+            if not 0 < t <= 1000:
+                raise ValueError(f"{at}.t: {t} lies outside the schedule 1..1000")
+    if source.source in earlier and not source.role:
+        raise ValueError(f"{at}.role: winner or loser of stage {source.source!r}?")
+    if source.source == "feedback" and not recipe.feedback:
+        raise ValueError(f"{at}.from: feedback of which study? Set feedback: to its output_dir")
+    if source.source == "feedback" and source.by:
+        raise ValueError(f"{at}.by: {source.by}; what raters preferred is the score of from: feedback")
+    scored = source.source in ("pool", "reconstruction") and not (source.source == "reconstruction" and len(source.t) == 1)
+    if scored and not source.by:
+        raise ValueError(f"{at}.by: not set; which scorer picks the {source.pick}?")
+    if source.by and source.by not in recipe.scorers:
+        raise ValueError(f"{at}.by: no scorer {source.by!r} under scorers ({', '.join(recipe.scorers) or 'none'})")
