@@ -80,8 +80,7 @@ def plan(run: Run, counts: Counts) -> list[Line]:
     pool = counts.train * r.pool.images_per_prompt
     rebuilt = counts.train * len(run.timesteps)
     lines = []
-    scales = r.pool.guidance_scales or [r.sampler.guidance_scale]
-    each = sum(1 if scales[k % len(scales)] == 1.0 else 2 for k in range(r.pool.images_per_prompt))
+    each = sum(1 if g == 1.0 else 2 for g in r.pool.turns) or branches * r.pool.images_per_prompt
     for name in run.pools:
         lines.append(Line(name, counts.train * each * sampling_steps(r), pool, done=is_complete(out / name)))
     if rebuilt:

@@ -102,6 +102,12 @@ class Pool:
     prompts_per_shard: int = 32
     keep_latents: Literal["selected", "all", "none"] = "selected"
 
+    @property
+    def turns(self) -> list[float]:
+        """The guidance of each of a prompt's images; empty = the sampler's for all."""
+        given = self.guidance_scales
+        return [given[k % len(given)] for k in range(self.images_per_prompt)] if given else []
+
 
 ScorerKind = Literal[
     "clip", "dual", "reader", "clip_cosine", "clip_score", "clip_score_w", "hps_v1", "hps_v2", "hps_v2_1", "pickscore", "aesthetic_v1",

@@ -91,7 +91,7 @@ def make_pool(
 
     Args:
         kind: pool or generate.
-        guidance_scales: of a prompt's images in turn; empty = the sampler's.
+        guidance_scales: of each of a prompt's images; empty = the sampler's.
         select: image rows of a shard to the ids whose latents are kept (those that a stage may pick).
         model: identity of the weights; by default the pipeline's.
         drawn_by: of a pool: the stage whose model this is; keeps its images' ids apart from the base's.
@@ -106,7 +106,7 @@ def make_pool(
     }  # fmt: skip
     config |= {"guidance_scales": list(guidance_scales)} if guidance_scales else {}
     step = open_step(folder, kind, config, {"prompts": input_hash(prompts_folder)})
-    scales = [guidance_scales[k % len(guidance_scales)] if guidance_scales else None for k in range(images_per_prompt)]
+    scales: Sequence[float | None] = guidance_scales or [None] * images_per_prompt
 
     def work(_: int, span: range, progress: Progress) -> dict[str, pa.Table]:
         chosen = prompts.read(span.start, span.stop)

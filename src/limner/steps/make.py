@@ -62,7 +62,7 @@ def _draw(run: Run, name: str, model: str) -> None:
     pipeline, identity = run.adapted(model)
     make_pool(
         pipeline, run.out / "prompts/train", run.out / name, kind="pool", sampler=r.sampler, drawn_by=model, model=identity,
-        images_per_prompt=r.pool.images_per_prompt, guidance_scales=r.pool.guidance_scales, resolution=r.data.resolution, seed=r.seed,
+        images_per_prompt=r.pool.images_per_prompt, guidance_scales=r.pool.turns, resolution=r.data.resolution, seed=r.seed,
         prompts_per_shard=r.pool.prompts_per_shard, keep_all_latents=keep == "all", part=run.part,
         select=_selector(run, selectable(r.stages, model)) if keep == "selected" else None,
     )  # fmt: skip
