@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 
 import numpy as np
@@ -14,6 +15,7 @@ pytest.importorskip("anny", reason="the renderer needs the extra `figures`")
 
 from limner.figures import captions, defects, lessons, make, scene
 from limner.figures.body import JOINTS, PARTS, build_meshes
+from limner.figures.fitting import cosines
 from limner.figures.render import camera, cast, turn
 from limner.figures.teach import reword, to_input, train_reader
 from limner.models.stable_diffusion import wrap
@@ -230,6 +232,14 @@ def test_a_swap_changes_one_named_attribute():
         assert all(sum(x != y for x, y in zip(o["clothes"], right["clothes"])) <= 1 for o in wrong)
 
 
+def test_each_cycle_of_the_learning_rate_is_half_as_high():
+    """Two cycles of 8 and 4 steps, no warm-up: cosines from 1 and from a half, both to zero; then nothing."""
+    factor = cosines([8, 4], warmup=1)
+    assert [factor(s) for s in (0, 4, 8, 10, 12)] == pytest.approx([1, 0.5, 0.5, 0.25, 0])
+    assert factor(7) == pytest.approx((1 - math.cos(math.pi / 8)) / 2)
+    assert cosines([8], warmup=4)(1) == pytest.approx(0.5 * (1 + math.cos(math.pi / 8)) / 2)
+
+
 def test_labelled_samples_teach_the_defect_head(tmp_path):
     """Drawn pictures and their copies are equal here, so only the labelled ones (a dark spot = flawed) can tell."""
     grey = np.full((2, 4, 64, 64, 3), 128, np.uint8)
@@ -239,7 +249,7 @@ def test_labelled_samples_teach_the_defect_head(tmp_path):
     )  # fmt: skip
     seen = np.full((6, 64, 64, 3), 128, np.uint8)
     seen[:3, 20:44, 20:44] = 10
-    model = train_reader(drawn, tmp_path, steps=30, batch=8, channels=(4, 8, 8, 8), labelled=(seen, np.array([1, 1, 1, 0, 0, 0])))
+    model = train_reader(drawn, tmp_path, cycles=[60], batch=8, channels=(4, 8, 8, 8), labelled=(seen, np.array([1, 1, 1, 0, 0, 0])))
     with torch.no_grad():
         said = model(to_input(list(seen)))["defect"]
     assert said[:3].min() > said[3:].max() + 1

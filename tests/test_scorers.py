@@ -158,13 +158,30 @@ def test_a_limb_twice_as_long_is_implausible():
     assert judge._doubt(lost, second[:1], middle)[0] > 1
 
 
+def test_a_mirroring_reader_reads_a_picture_and_its_mirror_image_alike():
+    """Left and right joints change places, nothing else does; a reader that does not mirror tells the two apart."""
+    torch.manual_seed(0)
+    model = reader.Reader({"sex": ["man", "woman"]}, JOINTS, PARTS, (4, 8, 8, 16), 8).eval()
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    once, both = reader.FigureReader(model, {}), reader.FigureReader(model, {}, mirror=True)
+    there, back = both.look(images), both.look(images.flip(3), batch_size=2)
+    assert all(torch.allclose(there[k], back[k], atol=1e-5) for k in there if k != "joints")
+    for name, other in (("left_wrist", "right_wrist"), ("right_hip", "left_hip"), ("neck", "neck"), ("head", "head")):
+        a, b = there["joints"][:, JOINTS.index(name)], back["joints"][:, JOINTS.index(other)]
+        assert torch.allclose(a, b.flip(2), atol=1e-5)
+    plain, turned = once.look(images), once.look(images.flip(3))
+    assert not torch.allclose(plain["sex"], turned["sex"], atol=1e-4)
+    assert torch.allclose(there["sex"], (plain["sex"] + turned["sex"]) / 2, atol=1e-5)
+
+
 def test_a_saved_reader_reads_as_before(tmp_path):
     torch.manual_seed(0)
     model = reader.Reader({"sex": ["man", "woman"], "top": ["red", "blue", "green"]}, JOINTS, PARTS, (4, 8, 8, 16), 8).eval()
     limits = {k: [-1.0, 1.0] for k in reader.measure_names(JOINTS)}
-    first = reader.FigureReader(model, limits, sure={"sex": 0.95, "top": 0.94})
+    first = reader.FigureReader(model, limits, sure={"sex": 0.95, "top": 0.94}, mirror=True)
     reader.save_reader(first, tmp_path)
     second = reader.load_reader(tmp_path)
+    assert second.mirror
     images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(3))
     a, b = first.read(images), second.read(images, batch_size=1)
     assert np.allclose(a.features, b.features, atol=1e-4)

@@ -5,8 +5,7 @@ Loss = L1 + L1 of image gradients (keeps edges) + a faint KL. No adversary: at t
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from limner import checkpoint
+from limner.figures.fitting import cosines
 from limner.loop import Every, Metrics, Optimisation, fit
 
 # Of the KL summed over the latent. At 1e-5 whole channels collapse and people lose the colours of their clothes.
@@ -34,20 +34,6 @@ def new_autoencoder() -> AutoencoderKL:
         sample_size=64,
         mid_block_add_attention=False,
     )
-
-
-def cosines(cycles: Sequence[int], warmup: int = 50) -> Callable[[int], float]:
-    """Learning-rate factor by step: one cosine to zero a cycle, each half as high as the one before."""
-
-    def factor(step: int) -> float:
-        height = 1.0
-        for length in cycles:
-            if step < length:
-                return height * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / length))
-            step, height = step - length, height / 2
-        return 0.0
-
-    return factor
 
 
 def reconstruction_loss(image: Tensor, output: Tensor, weight: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,28 @@ from limner import checkpoint
 from limner.loop import Every, Metrics, Optimisation, fit, schedule
 
 
-def resume(folder: Path, model: torch.nn.Module, lr: float, steps: int, warmup: int = 50) -> tuple[Optimisation, int]:
-    """The optimiser of a model and the step to go on from: the folder's newest checkpoint, else 0."""
+def cosines(cycles: Sequence[int], warmup: int = 50) -> Callable[[int], float]:
+    """Learning-rate factor by step: one cosine to zero a cycle, each half as high as the one before."""
+
+    def factor(step: int) -> float:
+        height = 1.0
+        for length in cycles:
+            if step < length:
+                return height * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / length))
+            step, height = step - length, height / 2
+        return 0.0
+
+    return factor
+
+
+def resume(folder: Path, model: torch.nn.Module, lr: float, steps: int | Sequence[int], warmup: int = 50) -> tuple[Optimisation, int]:
+    """The optimiser of a model and the step to go on from: the folder's newest checkpoint, else 0.
+
+    steps: all of them, or those of each cycle of the learning rate (`cosines`).
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
-    o = Optimisation(list(model.parameters()), optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule("cosine", warmup, steps)))
+    factor = schedule("cosine", warmup, steps) if isinstance(steps, int) else cosines(steps, warmup)
+    o = Optimisation(list(model.parameters()), optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor))
     found = checkpoint.latest(folder)
     if found is None:
         return o, 0

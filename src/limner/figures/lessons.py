@@ -25,13 +25,14 @@ from limner.figures.scene import ATTRIBUTES
 from limner.models.stable_diffusion import Pipeline
 from limner.pool.sample import denoise
 from limner.recipe import Sampler
+from limner.scorers.reader import mirrored
 
 RECONSTRUCTED = (0, 100, 200, 400)  # timesteps, by batch: 0 = the autoencoder alone; small enough that what was sound stays sound
 _OUTER = {  # joints of a limb below its root
     f"{side}_{limb}": tuple(f"{side}_{j}" for j in joints)
     for side in ("left", "right") for limb, joints in {"arm": ("elbow", "wrist"), "leg": ("knee", "ankle")}.items()
 }  # fmt: skip
-_MIRROR = [JOINTS.index(n.replace("left", "r_i_ght").replace("right", "left").replace("r_i_ght", "right")) for n in JOINTS]
+_MIRROR = mirrored(JOINTS)
 
 Joint = tuple[int, float, float]  # number in `JOINTS`, x and y in 0..1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def train_reader(
     lessons: Lessons,
     folder: Path,
     *,
-    steps: int,
+    cycles: Sequence[int],
     batch: int = 48,
     lr: float = 2e-3,
     seed: int = 0,
@@ -117,12 +118,13 @@ def train_reader(
     """Attributes, joint heatmaps, body parts, defect map and logit, on sound and defective pictures of every path, with augmentation.
 
     Args:
+        cycles: steps of each cosine of the learning rate; every further one begins at half the height of the one before.
         labelled: base samples (N, 64, 64, 3) uint8 and 1 where a person saw something wrong with the body; they teach the defect head
             alone, which otherwise knows drawn defects only.
     """
     torch.manual_seed(seed)
     model = Reader(ATTRIBUTES, JOINTS, BODY, channels).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    o, start = resume(folder, model, lr, steps)
+    o, start = resume(folder, model, lr, cycles)
     paths = [p for p in PATHS if p in lessons.images]
     odds = np.array([ODDS[PATHS.index(p)] for p in paths])
 
@@ -169,18 +171,19 @@ def train_reader(
             "right": right[:batch].mean().item(), **({"labelled": right[batch:].mean().item()} if labelled is not None else {}),
         }  # fmt: skip
 
-    train(folder.name, folder, model, o, start, steps, loss, batches)
+    train(folder.name, folder, model, o, start, sum(cycles), loss, batches)
     return model.eval()
 
 
-@torch.no_grad()
-def finish_reader(model: Reader, real: np.ndarray, attributes: np.ndarray) -> FigureReader:
-    """Measure what is normal on real pictures (N, 64, 64, 3) uint8, and how surely their attributes (N, attributes) are read."""
-    outs = [model(to_input(list(real[i : i + 64]))) for i in range(0, len(real), 64)]
-    first, second, spots = (x.numpy() for x in peaks(torch.cat([o["joints"].sigmoid() for o in outs])))
-    read = {n: torch.cat([o[n] for o in outs]).argmax(1).numpy() for n in ATTRIBUTES}
-    sure = {n: round(float((read[n] == attributes[:, i]).mean()), 4) for i, n in enumerate(ATTRIBUTES)}
-    return FigureReader(model, measure_limits(model.joints, first, second, spots), sure=sure)
+def finish_reader(model: Reader, real: np.ndarray, attributes: np.ndarray, *, mirror: bool = False) -> FigureReader:
+    """Measure what is normal on real pictures (N, 64, 64, 3) uint8, and how surely their attributes (N, attributes) are read.
+
+    mirror: as for `FigureReader`.
+    """
+    seen = FigureReader(model, {}, mirror=mirror).look(to_input(list(real)))
+    first, second, spots = (x.numpy() for x in peaks(seen["joints"]))
+    sure = {n: round(float((seen[n].argmax(1).numpy() == attributes[:, i]).mean()), 4) for i, n in enumerate(ATTRIBUTES)}
+    return FigureReader(model, measure_limits(model.joints, first, second, spots), sure=sure, mirror=mirror)
 
 
 __all__ = ["PEAK", "finish_reader", "train_reader", "train_scorer"]

@@ -71,7 +71,8 @@ class World:
         base_steps: of training.
         scorer_steps: of training, for the preference scorer.
         judge_steps: of training, for the judge.
-        reader_steps: of training, for both readers.
+        reader_steps: of training, for the reader, a number a cycle of the learning rate.
+        rater_reader_steps: the same, for the raters' reader.
         batch_size: of the base model.
         only: parts to make (empty = all).
     """
@@ -85,7 +86,8 @@ class World:
     base_steps: int = 6000
     scorer_steps: int = 1500
     judge_steps: int = 1500
-    reader_steps: int = 2000
+    reader_steps: list[int] = field(default_factory=lambda: [2000])
+    rater_reader_steps: list[int] = field(default_factory=lambda: [2000])
     batch_size: int = 64
     only: list[str] = field(default_factory=list)
 
@@ -228,15 +230,17 @@ def _make_scorer(world: World, part: str, split: str, shape: dict[str, Any], ste
 
 def make_reader(world: World) -> None:
     """The reader that evaluates. It also learns from samples of the base model that were labelled by eye."""
-    _make_reader(world, "reader", "reader", world.seed, by_eye=True)
+    _make_reader(world, "reader", "reader", world.reader_steps, world.seed, by_eye=True, mirror=True)
 
 
 def make_rater_reader(world: World) -> None:
     """What simulated raters know of generated pictures: other people, another seed, so that they do not err as the reader does."""
-    _make_reader(world, "rater_reader", "judge", world.seed + 31)
+    _make_reader(world, "rater_reader", "judge", world.rater_reader_steps, world.seed + 31)
 
 
-def _make_reader(world: World, part: str, split: str, seed: int, *, by_eye: bool = False) -> None:
+def _make_reader(
+    world: World, part: str, split: str, cycles: Sequence[int], seed: int, *, by_eye: bool = False, mirror: bool = False
+) -> None:
     from limner.figures.lessons import attribute_indices
     from limner.figures.quality import labelled_samples
     from limner.figures.teach import finish_reader, train_reader
@@ -247,9 +251,9 @@ def _make_reader(world: World, part: str, split: str, seed: int, *, by_eye: bool
         return
     lessons, _ = _lessons(world, split)
     labelled = labelled_samples("train") if by_eye else None
-    model = train_reader(lessons, done.parent, steps=world.reader_steps, seed=seed, labelled=labelled)
+    model = train_reader(lessons, done.parent, cycles=cycles, seed=seed, labelled=labelled)
     rows = _read(world, "train", ["image", "attributes"])[:2000]
-    finished = finish_reader(model, _pixels(rows), attribute_indices([json.loads(r["attributes"]) for r in rows]))
+    finished = finish_reader(model, _pixels(rows), attribute_indices([json.loads(r["attributes"]) for r in rows]), mirror=mirror)
     save_whole(done, lambda folder: save_reader(finished, folder, half=True))
 
 

@@ -118,27 +118,48 @@ class FigureReader:
     """A trained `Reader` with what was measured on real figures: which ratios and how many joints are normal, how surely it reads.
 
     sure: share of real figures of which each attribute was read rightly; those not named count as read.
+    mirror: read each picture and its mirror image, and take the mean.
     """
 
-    def __init__(self, model: Reader, limits: dict[str, list[float]], revision: str = "", sure: Mapping[str, float] | None = None):
-        self.model, self.limits, self.revision, self.sure = model.eval(), limits, revision, dict(sure or {})
+    def __init__(
+        self,
+        model: Reader,
+        limits: dict[str, list[float]],
+        revision: str = "",
+        sure: Mapping[str, float] | None = None,
+        mirror: bool = False,
+    ):
+        self.model, self.limits, self.revision, self.sure, self.mirror = model.eval(), limits, revision, dict(sure or {}), mirror
+
+    @torch.no_grad()
+    def look(self, images: Tensor, batch_size: int = 64) -> dict[str, Tensor]:
+        """What `read` reads from: of images (B, 3, 64, 64) in [0, 1] the probabilities of each attribute (B, values), of a defect (B,),
+        joint heatmaps (B, J, 32, 32) in [0, 1], and the hidden layers summary and soundness (B, width)."""
+        seen = [self._look(images[i : i + batch_size].float()) for i in range(0, len(images), batch_size)]
+        return {k: torch.cat([s[k] for s in seen]) for k in seen[0]}
+
+    def _look(self, images: Tensor) -> dict[str, Tensor]:
+        seen = _probabilities(self.model, images)
+        if not self.mirror:
+            return seen
+        other = _probabilities(self.model, images.flip(3))
+        other["joints"] = other["joints"][:, mirrored(self.model.joints)].flip(3)
+        return {k: (v + other[k]) / 2 for k, v in seen.items()}
 
     @torch.no_grad()
     def read(self, images: Tensor, batch_size: int = 64) -> Reading:
         """Read images (B, 3, 64, 64) in [0, 1]."""
         check_images(images)
-        outs = [self.model(images[i : i + batch_size].float()) for i in range(0, len(images), batch_size)]
-        out = {k: torch.cat([o[k] for o in outs]) for k in outs[0]}
-        heat = out["joints"].sigmoid()
-        first, second, spots = peaks(heat)
+        out = self.look(images, batch_size)
+        first, second, spots = peaks(out["joints"])
         doubt = self._doubt(first.numpy(), second.numpy(), spots.numpy())
-        logits = [out[name].log_softmax(1).exp() for name in self.model.attributes]
+        attributes = [out[name] for name in self.model.attributes]
         features = torch.cat(
-            [*logits, first, second, spots.flatten(1) * (first > PEAK).repeat_interleave(2, 1), out["summary"], out["soundness"]], 1
+            [*attributes, first, second, spots.flatten(1) * (first > PEAK).repeat_interleave(2, 1), out["summary"], out["soundness"]], 1
         )
         return Reading(
             {name: out[name].argmax(1).numpy() for name in self.model.attributes},
-            out["defect"].sigmoid().numpy(), doubt <= 1.0, doubt, features.numpy(),
+            out["defect"].numpy(), doubt <= 1.0, doubt, features.numpy(),
         )  # fmt: skip
 
     def attribute_accuracy(self, reading: Reading, claimed: Sequence[Mapping[str, str]]) -> np.ndarray:
@@ -163,6 +184,20 @@ class FigureReader:
             excess = np.abs(values - middle) / max((high - low) / 2, 1e-6)
             worst = np.fmax(worst, excess)
         return worst
+
+
+def _probabilities(model: Reader, images: Tensor) -> dict[str, Tensor]:
+    out = model(images)
+    return {
+        **{name: out[name].softmax(1) for name in model.attributes},
+        "joints": out["joints"].sigmoid(), "defect": out["defect"].sigmoid(), "summary": out["summary"], "soundness": out["soundness"],
+    }  # fmt: skip
+
+
+def mirrored(joints: Sequence[str]) -> list[int]:
+    """The place of each joint's counterpart in a mirrored picture: left becomes right."""
+    swap = {"left": "right", "right": "left"}
+    return [joints.index("_".join(swap.get(word, word) for word in name.split("_"))) for name in joints]
 
 
 def peaks(heat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -234,6 +269,7 @@ def save_reader(reader: FigureReader, folder: Path, *, half: bool = False) -> No
         "width": m.width,
         "limits": reader.limits,
         "sure": reader.sure,
+        "mirror": reader.mirror,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     save_file(
@@ -257,4 +293,4 @@ def load_reader(folder: Path) -> FigureReader:
     model = Reader(config["attributes"], config["joints"], config["parts"], config["channels"], config["width"])
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / "model.safetensors").items()})
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return FigureReader(model, config["limits"], sha256(folder / "model.safetensors")[:16], config.get("sure"))
+    return FigureReader(model, config["limits"], sha256(folder / "model.safetensors")[:16], config.get("sure"), config.get("mirror", False))
