@@ -23,7 +23,8 @@ from limner.evaluation.sets import chosen_and_rejected, judge_sets
 from limner.records import Choice, to_table
 from limner.scorers.agreement import Judged, accuracy, by_generator, calibration, choose_tie_margin, fit_temperature, judge, top_choice
 from limner.store import open_step
-from test_choices import choice, picture
+from test_choice_records import choice
+from test_choices import picture
 
 
 def judged(preference: list[float], margin: list[float], prompt: list[int] | None = None) -> Judged:

@@ -9,27 +9,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from limner.cli import main
 from limner.feedback import payloads
 from limner.feedback.exchange import write_rows as write_feedback
 from limner.images import encode_png
-from limner.records import Choice, Image, from_table, to_table
-from limner.scorers.choices import Choices, generators_of, pairs, problem, prompt_weights, shares
+from limner.records import Choice, Image, to_table
+from limner.scorers.choices import Choices, generators_of, pairs
 from limner.scorers.published import read_choices
 from limner.scorers.rows import Dropped
 from limner.store import open_step
+from test_choice_records import choice
 
 
 def picture(seed: int, size: int = 8) -> bytes:
     return encode_png(torch.rand(3, size, size, generator=torch.Generator().manual_seed(seed)))
-
-
-def choice(said: list[float], kind: str = "choice", **more) -> Choice:
-    files = tuple(f"{i}.png" for i in range(len(said)))
-    return Choice(**{"id": "r", "prompt_id": "p", "text": "a man", "kind": kind, "said": tuple(said), "files": files, **more})
 
 
 def write_json(path: Path, rows: object) -> Path:
@@ -40,56 +34,6 @@ def write_json(path: Path, rows: object) -> Path:
 def read(name: str, path: Path, **options) -> tuple[list[Choice], list[Dropped]]:
     found = list(read_choices(name, path, **options))
     return [r for r in found if isinstance(r, Choice)], [r for r in found if isinstance(r, Dropped)]
-
-
-def test_a_choice_comes_back_from_its_table():
-    row = choice([0.5, 0.5], images=(b"a", b"b"), generators=("x", "y"), rater="7", weight=0.25)
-    assert from_table(Choice, to_table(Choice, [row, choice([1, 0])])) == [row, choice([1.0, 0.0])]
-
-
-def test_pairs_of_a_choice_say_nothing_of_two_that_nobody_chose():
-    assert pairs(choice([0, 1, 0, 0])) == [(0, 1, 0.0), (1, 2, 1.0), (1, 3, 1.0)]
-    assert pairs(choice([0.5, 0.5])) == [(0, 1, 0.5)]
-    assert pairs(choice([0.6, 0.2, 0.2])) == [(0, 1, pytest.approx(0.75)), (0, 2, pytest.approx(0.75)), (1, 2, 0.5)]
-
-
-def test_pairs_of_a_ranking_know_every_order():
-    assert pairs(choice([1, 3, 1], "ranking")) == [(0, 1, 1.0), (0, 2, 0.5), (1, 2, 0.0)]
-    assert shares(choice([2, 1.5, 3, 1.5], "ranking")) == [0, 0.5, 0, 0.5]
-
-
-@given(st.lists(st.integers(1, 5), min_size=2, max_size=6))
-def test_a_ranking_and_its_pairs_agree(ranks):
-    """Counting the pairs an image wins, ties half, orders images as their ranks do."""
-    row = choice([float(r) for r in ranks], "ranking")
-    won = [0.0] * len(ranks)
-    for i, j, p in pairs(row):
-        won[i] += p
-        won[j] += 1 - p
-    assert len(pairs(row)) == len(ranks) * (len(ranks) - 1) // 2
-    assert all((won[i] > won[j]) == (ranks[i] < ranks[j]) for i in range(len(ranks)) for j in range(len(ranks)))
-    assert sum(shares(row)) == pytest.approx(1)
-
-
-@pytest.mark.parametrize(
-    ("row", "said"),
-    [
-        (choice([1.0]), "fewer than two images"),
-        (choice([0.7, 0.7]), "labels do not sum to 1"),
-        (choice([1.0, 0.0], text=" "), "empty prompt"),
-        (choice([1.0, 0.0], generators=("x",)), "as many labels as images expected"),
-        (choice([float("nan"), 1.0]), "label is not a number"),
-        (choice([1.0, 0.0], "rating"), "unknown kind rating"),
-        (choice([1.0, 0.0]), ""),
-    ],
-)
-def test_what_is_wrong_with_a_row(row, said):
-    assert problem(row) == said
-
-
-def test_prompt_weights_are_one_over_the_rows_of_a_prompt():
-    rows = [choice([1, 0], prompt_id="a"), choice([1, 0], prompt_id="b"), choice([1, 0], prompt_id="a", weight=3.0)]
-    assert prompt_weights(rows).tolist() == [0.5, 1.0, 1.5]
 
 
 def test_hpd_v1(tmp_path):
@@ -368,17 +312,6 @@ def test_export_to_pick_a_pic_and_back(tmp_path):
     back, dropped = read("pick_a_pic", tmp_path / "out")
     assert not dropped and [r.said for r in back] == [(1, 0), (1, 0), (0.5, 0.5), (0, 1)]
     assert back[3].images == rows[1].images and back[2].generators == ("y", "z")
-
-
-def test_an_epoch_has_every_row_once_in_an_order_of_its_own(tmp_path):
-    step = open_step(tmp_path, "choices", {}, {})
-    for shard in range(20):
-        step.write(shard, to_table(Choice, [choice([1, 0], id=f"{shard}/{i}") for i in range(3)]))
-    step.finish({})
-    choices = Choices(tmp_path)
-    first, second = choices.order(0, "epoch", 0), choices.order(0, "epoch", 1)
-    assert sorted(first) == sorted(second) == list(range(60)) and first != second and first == choices.order(0, "epoch", 0)
-    assert len({index // 3 for index in first[:24]}) <= 8, "rows of eight shards at a time"
 
 
 def test_our_own_feedback_becomes_choices(tmp_path, capsys):

@@ -26,7 +26,7 @@ from limner.scorers.agreement import Judged, accuracy_difference
 from limner.scorers.choices import Choices
 from limner.scorers.reader import FigureReader, Reader, measure_names, save_reader
 from limner.store import open_step
-from test_choices import choice
+from test_choice_records import choice
 from tiny import save_tiny
 
 ROOT = Path(__file__).parent.parent
