@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import json
 
-from chain import write_recipe
+import numpy as np
+import pytest
+
+from chain import photo_folder, write_recipe
 from limner.cli import main
+from limner.models.lora import load_lora
+from limner.models.stable_diffusion import load_pipeline
+from limner.recipe import load_recipe
 from limner.records import Example, Image
+from limner.steps import Run
+from limner.steps.judge import circular
 from limner.store import read_manifest, read_rows
+from tiny import tiny_pipeline, to_single_file
 
 
 def test_a_recipe_runs_from_photos_to_report(tmp_path):
@@ -32,3 +41,68 @@ def test_a_recipe_runs_from_photos_to_report(tmp_path):
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*.parquet")}
     assert main(["run", recipe]) == 0
     assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_a_single_file_checkpoint_through_the_whole_chain(tmp_path):
+    """Without a configuration of its own it takes the folder's; its adapter is what the folder's run gives, and the card loads the file."""
+    folder = write_recipe(tmp_path)
+    to_single_file(tiny_pipeline(), tmp_path / "person.safetensors")
+    more = [
+        "--model.path",
+        str(tmp_path / "person.safetensors"),
+        "--model.config",
+        str(tmp_path / "model"),
+        "--output_dir",
+        str(tmp_path / "single"),
+    ]
+    assert main(["run", str(folder), *more]) == 0
+    assert (tmp_path / "single/report.html").is_file()
+    card = (tmp_path / "single/train/hard/adapter/README.md").read_text()
+    assert 'from_single_file("person.safetensors")' in card
+    assert "pipe.set_adapters(\"hard\", {'unet': {'down': 0.0, 'mid': 0.0, 'up': 0.5}})" in card
+    metrics = json.loads((tmp_path / "single/metrics.json").read_text())
+    assert f"| judge | {metrics['models']['base']['judge']['value']:.4g} [" in card
+    assert load_lora(load_pipeline(str(tmp_path / "model"), device="cpu").unet, tmp_path / "single/train/hard/adapter", "x")
+
+
+def test_photos_are_compared_by_the_vectors_of_a_clip(tmp_path):
+    """Without a reader: Fréchet distance and diversity with the judge's image vectors, of photos of two shapes."""
+    recipe = write_recipe(tmp_path, evaluate={"features": "judge", "diversity_prompts": 3}, data={"aspect_buckets": [0.5, 1.0]})
+    assert main(["run", str(recipe)]) == 0
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    for model in ("base", "easy", "normal", "hard"):
+        assert metrics["models"][model]["frechet"]["value"] > 0
+        assert metrics["models"][model]["diversity"]["n"] == 3
+    assert metrics["circular"] == ["preference"]
+    run = Run(load_recipe(recipe))
+    drawn = [i for i in read_rows(tmp_path / "out/generate/test-diversity/easy", Image) if i.k < 4]
+    by_prompt = {p: [i for i in drawn if i.prompt_id == p] for p in dict.fromkeys(i.prompt_id for i in drawn)}
+    from limner.images import decode
+
+    def spread(images):
+        vectors = run.scorers["judge"].tower.encode_images([decode(i.image) for i in images]).detach().numpy()
+        return np.mean([np.linalg.norm(vectors[i] - vectors[j]) for i in range(4) for j in range(i)])
+
+    by_hand = np.mean([spread(images) for images in by_prompt.values()])
+    assert metrics["models"]["easy"]["diversity"]["value"] == pytest.approx(by_hand, rel=1e-3)
+
+
+def test_what_chose_the_examples_is_circular(tmp_path):
+    """The same weights under another name, a part of a sum, and a reader that chose as a scorer."""
+    photo_folder(tmp_path / "other")
+    both = {"picker": {"kind": "clip", "path": "picker"}, "judge": {"kind": "clip", "path": "judge"}}
+
+    def found(scorers, by, **evaluate):
+        path = write_recipe(tmp_path, scorers=scorers, evaluate=evaluate)
+        stages = [f"--stages.{s}.{role}.by={by}" for s in ("easy", "normal") for role in ("winner", "loser")]
+        return circular(Run(load_recipe(path, stages)))
+
+    assert found(both, "picker") == {"preference"}
+    assert found(both, "judge") == {"judge"}
+    assert found({**both, "again": both["judge"]}, "again") == {"judge"}
+    assert found({**both, "both": {"kind": "sum", "of": {"picker": 1.0, "judge": 1.0}}}, "both") == {"preference", "judge"}
+    readers = {"sound": {"kind": "soundness", "path": "reader"}, "reader": {"kind": "reader", "path": "reader"}}
+    read = {"frechet", "frechet_ratio", "attribute_accuracy", "joint_plausibility", "defect_rate", "diversity"}
+    assert found({**both, **readers}, "sound", reader="reader") == read
+    assert found({**both, **readers, "reader": {"kind": "reader", "path": "another"}}, "sound", reader="reader") == set()
+    assert found(both, "picker", features="picker") == {"preference", "frechet", "frechet_ratio", "diversity"}

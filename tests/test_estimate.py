@@ -8,7 +8,7 @@ import pytest
 
 from chain import write_recipe
 from limner.cli import main
-from limner.estimate import Counts, Line, duration, plan
+from limner.estimate import Costs, Counts, Line, duration, plan, priced
 from limner.recipe import load_recipe
 from limner.steps import Run
 
@@ -27,13 +27,33 @@ def test_counts_are_those_of_the_recipe(tmp_path: Path) -> None:
     for stage in ("easy", "normal", "hard"):  # 2 steps of 2 pairs: winner and loser, each through policy and reference
         assert lines[f"train {stage}"] == Line(f"train {stage}", 2 * 2 * 4, 2 * 2 * 2)
     assert lines["generate"] == Line("generate", 6 * 4 * 2 * 2, 24), "base and three stages"
+    assert lines["evaluate"] == Line("evaluate", 6 * 5 * 2, 30), "the real photos as well, by two scorers"
 
 
 def test_without_guidance_there_is_one_branch(tmp_path: Path) -> None:
-    run = Run(load_recipe(write_recipe(tmp_path, sampler={"guidance_scale": 1.0}, evaluate={"diversity_prompts": 4})))
+    run = Run(load_recipe(write_recipe(tmp_path, sampler={"guidance_scale": 1.0}, evaluate={"diversity_prompts": 4, "features": "judge"})))
     lines = {line.step: line for line in plan(run, Counts(6, 6, 16, 16))}
     assert lines["pool"].calls == 6 * 3 * 2
     assert lines["generate"].images == (6 + 4 * 4) * 4
+
+
+def test_images_for_diversity_are_drawn_where_something_measures_it(tmp_path: Path) -> None:
+    run = Run(load_recipe(write_recipe(tmp_path, evaluate={"diversity_prompts": 4})))
+    assert {line.step: line for line in plan(run, Counts(6, 6, 16, 16))}["generate"].images == 6 * 4
+
+
+def test_grids_of_samples_take_time(tmp_path: Path) -> None:
+    """Two steps, a grid after each: 3 rows of 8 pictures, each of 2 steps with guidance, in training that would take 2 calls of 5 s."""
+    costs = Costs(1.0, {"easy": 5.0, "normal": 5.0, "hard": 5.0}, 0.5, {"picker": 0.1, "judge": 0.2}, 1, 1, {"sample": 1.0},
+                  {"easy": 1, "normal": 1, "hard": 1})  # fmt: skip
+    seconds = []
+    for steps in (0, 1):
+        run = Run(load_recipe(write_recipe(tmp_path), [f"--stages.easy.learn.sample_steps={steps}"]))
+        lines = {line.step: line for line in priced(run, plan(run, Counts(6, 6, 16, 16)), costs)}
+        seconds.append(lines["train easy"].seconds)
+    assert seconds == [10.0, 10.0 + 3 * 8 * (2 * 2 * 1.0 + 0.5)]
+    assert lines["score"].seconds == pytest.approx(36 * 0.1)
+    assert lines["evaluate"].seconds == pytest.approx(30 * 0.3)
 
 
 def test_a_pool_of_mixed_guidance(tmp_path: Path) -> None:

@@ -37,13 +37,28 @@ POINTS = {
     "A man, well drawn.\nFinal Score: 4.5": 4.5,
     "**Final Score:** 3/5": 3.0,
     "final score: 5 / 5.": 5.0,
-    "Final Score: 4. I repeat: Final Score: 4.0": 4.0,
+    "Well drawn. Final Score: 4\n\nFinal Score: 4.0": 4.0,
+    "# Final Score: **4**": 4.0,
     "2": 2.0,
     " 3.5/5 ": 3.5,
     "Final Score: 10": "unparsable answer, its score is not in 1..5: 'Final Score: 10'",
     "Final Score: -1": "unparsable answer, its score is not in 1..5: 'Final Score: -1'",
     "Final Score: 0": "unparsable answer, its score is not in 1..5: 'Final Score: 0'",
-    "Final Score: 2 or Final Score: 3": "unparsable answer, it gives several scores: 'Final Score: 2 or Final Score: 3'",
+    "Final Score: 2\nFinal Score: 3": "unparsable answer, it gives several scores: 'Final Score: 2 Final Score: 3'",
+    **{
+        text: f"unparsable answer, expected one line `Final Score: x`: {text!r}"
+        for text in (
+            "Final Score: 4/10",
+            "Final Score: 4-5",
+            "Final Score: 3 to 4",
+            "Final Score: 2,5",
+            "Final Score: 3/4",
+            "Final Score: 2 or Final Score: 3",
+            "It is no Final Score: 3",
+            "Final Score: 45%",
+        )
+    },
+    "Final Score: 1 to 2\nFinal Score: 3": "unparsable answer, expected one line `Final Score: x`: 'Final Score: 1 to 2 Final Score: 3'",
     "I would say 4 of 5 people like it.": "unparsable answer, expected one line `Final Score: x`: 'I would say 4 of 5 people like it.'",
     "Final Score: x": "unparsable answer, expected one line `Final Score: x`: 'Final Score: x'",
     "Final Score: four": "unparsable answer, expected one line `Final Score: x`: 'Final Score: four'",
@@ -58,11 +73,12 @@ def test_points_are_read_strictly(text: str) -> None:
 
 
 def test_choices_are_read_strictly() -> None:
-    read = {
-        t: judge.read_choice(Answer(text=t)) for t in ("x\nBetter: 1", "better: Image 2.", "**Better:** tie", "Better: 1 or better: 2", "1")
-    }
-    assert list(read.values())[:3] == [1.0, 0.0, 0.5]
-    assert [str(v)[:35] for v in list(read.values())[3:]] == ["unparsable answer, it chooses both:", "unparsable answer, expected one lin"]
+    read = [judge.read_choice(Answer(text=t)) for t in ("x\nBetter: 1", "better: Image 2.", "**Better:** tie", "Both fail. Better: 2")]
+    assert read == [1.0, 0.0, 0.5, 0.0]
+    assert "it chooses both:" in str(judge.read_choice(Answer(text="Better: 1\nBetter: 2")))
+    for text in ("1", "Image 1 is better. 2 has no hands.", "Better: 1 or 2", "Better: 1.5", "not better: tie", "Better: 1 or better: 2",
+                 "Better: 12", "Better: ties"):  # fmt: skip
+        assert str(judge.read_choice(Answer(text=text))).startswith("unparsable answer, expected one line"), text
 
 
 def test_yes_is_a_sum_over_its_spellings() -> None:
@@ -131,6 +147,17 @@ def test_busy_and_failing_endpoints_are_asked_again(server: Server) -> None:
     backend = HttpBackend(server.url, "m", sleep=waits.append, backoff=1.0)
     assert judge.JudgeScorer("mine", backend).score_pictures([picture(1)], ["a"]) == [2.0]
     assert len(waits) == 3 and waits[0] == 7 and 2 <= waits[1] <= 2.5 and 4 <= waits[2] <= 5
+
+
+def test_answers_that_break_off_are_asked_for_again(server: Server) -> None:
+    """Fewer bytes than promised, of an answer and of an error, no status line, and nothing at all."""
+    broken = [b"HTTP/1.0 200 OK\r\nContent-Length: 99\r\n\r\n{", b"HTTP/1.0 503 Busy\r\nContent-Length: 99\r\n\r\nb", b"rubbish\r\n", b""]
+    replies = iter([*((200, b) for b in broken), (200, said("Final Score: 2"))])
+    server.reply = lambda body: next(replies)
+    assert scorer(server).score_pictures([picture(1)], ["a"]) == [2.0]
+    server.reply = lambda body: (200, broken[0])
+    with pytest.raises(ValueError, match=r"gave no answer in 3 tries \(IncompleteRead\(1 bytes read, 98 more expected\)\)"):
+        scorer(server, tries=3).score_pictures([picture(2)], ["a"])
 
 
 def test_a_wrong_key_or_model_stops_at_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from limner.models.card import write_card
+from limner.models.card import add_evaluation, write_card
 from limner.models.lora import (
     adapter_as,
     adapter_off,
@@ -279,17 +280,21 @@ def test_model_card(tmp_path: Path) -> None:
     command = "limner run recipes/figures/demo.yaml --stages.easy.learn.beta 500"
     recipe = "name: demo\nstages:\n  easy: {loss: dpo}"
     path = write_card(
-        tmp_path / "out", base_model="acme/sd", command=command, recipe_yaml=recipe, stage="easy", metrics=metrics,
-        samples=tmp_path / "grid.png", license="apache-2.0",
+        tmp_path / "out", base_model="acme/sd", command=command, recipe_yaml=recipe, stage="easy", samples=tmp_path / "grid.png",
+        license="apache-2.0",
     )  # fmt: skip
+    add_evaluation(path, {"base": {"judge": {"value": 0.1}}})
+    add_evaluation(path, metrics)  # takes the place of the first
     card = ModelCard.load(path)
     assert card.data.to_dict() == {
         "base_model": "acme/sd", "library_name": "diffusers", "license": "apache-2.0", "tags": ["text-to-image", "lora", "dpo", "hg-dpo"],
     }  # fmt: skip
     assert command in card.text
     assert recipe in card.text
-    table = "| metric | base | easy |\n|---|---|---|\n| judge | 0.5 | 0.6123 [0.58, 0.64] |\n| defect_rate | – | 0.1 |\n"
+    table = "| metric | base | easy |\n| --- | --- | --- |\n| judge | 0.5 | 0.6123 [0.58, 0.64] |\n| defect_rate | – | 0.1 |\n"
     assert table in card.text
+    assert card.text.count("## Evaluation") == card.text.count("## Training") == 1
+    assert "set_adapters" not in card.text
     assert "![samples](samples.png)" in card.text
     assert (tmp_path / "out/samples.png").is_file()
     assert "diffusers 0." in card.text
@@ -297,3 +302,34 @@ def test_model_card(tmp_path: Path) -> None:
     assert str(tmp_path) not in local
     assert "Evaluation" not in local
     assert "samples" not in local
+
+
+@pytest.mark.parametrize(("scale", "blocks"), [(0.5, ["all"]), (0.5, ["up", "mid"])])
+@torch.no_grad()
+def test_the_card_says_how_to_use_the_adapter_as_it_was_evaluated(tmp_path: Path, scale: float, blocks: list[str]) -> None:
+    """Its lines, run on another copy of the model, give what the adapter gave at that strength."""
+    pipe = tiny_pipeline()
+    untouched = copy.deepcopy(pipe)
+    add_lora(pipe.unet, "learner", rank=4, alpha=2)
+    stir(pipe.unet, "learner")
+    save_lora(tmp_path, pipe.unet, "learner", metadata={})
+    set_adapter_scale(pipe.unet, "learner", scale, blocks)
+    card = write_card(tmp_path, base_model="acme/sd", scale=scale, blocks=blocks, command="c", recipe_yaml="a: 1", stage="hard").read_text()
+    lines = [line for line in card.splitlines() if line.startswith(("pipe.load_lora_weights", "pipe.set_adapters"))]
+    exec("\n".join(lines).replace("path/to/this/folder", str(tmp_path)), {"pipe": untouched})
+    assert len(lines) == 2
+    assert (run(untouched.unet) - run(pipe.unet)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        ({"base_model": "a/models/person.safetensors"}, 'from_single_file("person.safetensors")'),
+        ({"base_model": "a/models/person"}, 'from_pretrained("person")'),
+        ({"base_model": "a/models/person.safetensors", "tuned": True}, 'from_pretrained("train/base/model")'),
+    ],
+)
+def test_the_card_loads_the_model_that_the_adapter_belongs_to(tmp_path: Path, about: dict[str, Any], said: str) -> None:
+    card = write_card(tmp_path, command="c", recipe_yaml="a: 1", stage="easy", **about).read_text()
+    assert said in card
+    assert ("stage `base` of the same run made of `person.safetensors`" in card) == bool(about.get("tuned"))

@@ -58,12 +58,12 @@ def test_every_recipe_runs_for_two_steps(recipe, parts, tmp_path):
     assert (tmp_path / "out/report.html").is_file()
 
 
-def test_a_base_stage_makes_the_model_that_others_start_from(parts, tmp_path):
-    """Supervised on real images first: its merged model makes the pool, and is the reference of the stages after it."""
-    recipe = tmp_path / "recipe.yaml"
+def base_recipe(parts: Path, folder: Path) -> Path:
+    """Supervised on real images first, then one stage."""
+    recipe = folder / "recipe.yaml"
     recipe.write_text(
         f"""
-output_dir: {tmp_path / "out"}
+output_dir: {folder / "out"}
 model: {{path: {parts / "model"}}}
 data: {{train: {parts / "photos"}, validation: {parts / "photos"}, test: {parts / "photos"}, resolution: 16}}
 sampler: {{num_inference_steps: 2, batch_size: 8}}
@@ -78,6 +78,12 @@ stages:
 evaluate: {{preference: picker, diversity_prompts: 0}}
 """
     )
+    return recipe
+
+
+def test_a_base_stage_makes_the_model_that_others_start_from(parts, tmp_path):
+    """Its merged model makes the pool, and is the reference of the stages after it."""
+    recipe = base_recipe(parts, tmp_path)
     assert main(["run", str(recipe)]) == 0
     out = tmp_path / "out"
     assert {e.role for e in read_rows(out / "examples/base", Example)} == {"target"}
@@ -97,3 +103,28 @@ evaluate: {{preference: picker, diversity_prompts: 0}}
     layer = key.removeprefix("unet.").split(".lora")[0]
     moved = tuned.unet.get_submodule(layer).weight - raw.unet.get_submodule(layer).weight
     assert torch.allclose(moved, up @ lora[key], atol=1e-6), "alpha equals rank: the merged change is B A"
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_a_base_stage_cut_where_its_model_is_written(parts, tmp_path, monkeypatch, written):
+    """Before or after the merged model is there: started again, the run has the bytes of one that was not cut."""
+    from limner.steps import learn
+
+    whole, cut = (base_recipe(parts, (tmp_path / name)) for name in ("whole", "cut") if not (tmp_path / name).mkdir())
+    assert main(["run", str(whole)]) == 0
+    save = learn._save_tuned_base
+
+    def dies(run):
+        if written:
+            save(run)
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as m:
+        m.setattr(learn, "_save_tuned_base", dies)
+        assert main(["run", str(cut)]) != 0
+    assert (tmp_path / "cut/out/train/base/model").is_dir() == written
+    assert main(["run", str(cut)]) == 0
+    weights = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole/out").rglob("*.safetensors"))
+    assert len(weights) > 5
+    for name in weights:
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

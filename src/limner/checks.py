@@ -47,7 +47,7 @@ def check(recipe: Recipe) -> None:
             if scorer not in recipe.scorers:
                 raise ValueError(f"{at}.wins_on: no scorer {scorer!r} under scorers ({', '.join(recipe.scorers) or 'none'})")
         earlier.append(name)
-    for key in ("preference", "judge", "reader"):
+    for key in ("preference", "judge", "reader", "features"):
         if (scorer := getattr(recipe.evaluate, key)) and scorer not in recipe.scorers:
             raise ValueError(f"evaluate.{key}: no scorer {scorer!r} under scorers ({', '.join(recipe.scorers) or 'none'})")
 

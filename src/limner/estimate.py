@@ -14,14 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from limner.recipe import Learn, Recipe
+from limner.steps.judge import DIVERSITY_SEEDS
+from limner.steps.learn import GRID
 from limner.store import is_complete
 
 if TYPE_CHECKING:
     from limner.models.stable_diffusion import Pipeline
     from limner.records import Prompt
     from limner.steps import Run
-
-DIVERSITY_SEEDS = 4
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,11 @@ def plan(run: Run, counts: Counts) -> list[Line]:
         seen = stage.learn.max_train_steps * batch
         images = seen * (2 if stage.learn.loss == "dpo" else 1)
         lines.append(Line(f"train {name}", seen * passes(stage.learn), images, done=(out / "train" / name / "adapter").is_dir()))
-    each = counts.evaluation + DIVERSITY_SEEDS * min(r.evaluate.diversity_prompts, counts.evaluation)
-    images = each * (1 + len(run.compared))
-    return [*lines, Line("generate", images * branches * sampling_steps(r), images)]
+    models, judges = 1 + len(run.compared), judging(r)
+    images = models * (counts.evaluation + DIVERSITY_SEEDS * min(r.evaluate.diverse_prompts, counts.evaluation))
+    lines.append(Line("generate", images * branches * sampling_steps(r), images))
+    images = (models + 1) * counts.evaluation  # the real ones as well
+    return [*lines, Line("evaluate", images * len(judges), images)] if judges else lines
 
 
 def choosing(recipe: Recipe) -> list[str]:
@@ -105,6 +107,11 @@ def choosing(recipe: Recipe) -> list[str]:
     from limner.steps.make import choosing
 
     return choosing(recipe)
+
+
+def judging(recipe: Recipe) -> list[str]:
+    """The scorers that models are measured by."""
+    return [name for role in ("preference", "judge") if (name := getattr(recipe.evaluate, role))]
 
 
 def check_inputs(run: Run) -> tuple[Counts, Prompt]:
@@ -171,7 +178,7 @@ def measure(run: Run, counts: Counts, first: Prompt) -> Costs:
         pixels = pipeline.decode_latents(noisy[:1]).cpu()
     if first.image is not None:  # a photo tells more of file sizes than an unfinished picture
         pixels = to_tensor(fit_to(decode(first.image), counts.width, counts.height, "center"))[None]
-    score = {n: timed(lambda n=n: run.scorers[n](pixels, [first.text])) for n in choosing(r)}  # type: ignore[misc]
+    score = {n: timed(lambda n=n: run.scorers[n](pixels, [first.text])) for n in {*choosing(r), *judging(r)}}  # type: ignore[misc]
     train, parameters = {}, {}
     for name, stage in r.stages.items():
         adapter = lora.add_lora(pipeline.unet, "estimate", rank=stage.learn.rank, blocks=stage.learn.blocks)
@@ -214,6 +221,7 @@ def priced(run: Run, lines: Sequence[Line], costs: Costs) -> list[Line]:
     from limner.examples.curriculum import selectable
 
     r, result = run.recipe, []
+    branches = 2 if r.sampler.guidance_scale != 1.0 else 1
     for line in lines:
         kind, _, name = line.step.partition(" ")
         memory = costs.memory.get(name, costs.memory["sample"])
@@ -222,9 +230,12 @@ def priced(run: Run, lines: Sequence[Line], costs: Costs) -> list[Line]:
             micro = learn.max_train_steps * learn.gradient_accumulation_steps
             weights = 4 * costs.parameters[name]  # a checkpoint has them and two moments, the result has them in two namings
             disk = weights * (3 * learn.checkpoints_total_limit + 2)
-            result.append(replace(line, seconds=micro * costs.train[name], memory=memory, disk=disk))
-        elif kind == "score":
-            result.append(replace(line, seconds=line.images * sum(costs.score.values()), memory=memory, disk=100 * line.calls))
+            grids = 1 + learn.max_train_steps // learn.sample_steps if learn.sample_steps else 0  # the first one has the base's row
+            drawn = GRID * grids * (sampling_steps(r) * branches * costs.call + costs.image)
+            result.append(replace(line, seconds=micro * costs.train[name] + drawn, memory=memory, disk=disk))
+        elif kind in ("score", "evaluate"):
+            each = sum(costs.score[n] for n in (choosing if kind == "score" else judging)(r))
+            result.append(replace(line, seconds=line.images * each, memory=memory, disk=100 * line.calls if kind == "score" else 0))
         else:
             latents = line.images if kind == "reconstruct" else 0
             if kind in run.pools:

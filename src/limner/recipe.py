@@ -292,6 +292,8 @@ class Evaluate:
         preference: the scorer that selected examples (circular).
         judge: a scorer that selected nothing.
         reader: the reader of figures ("" = no ground truth for attributes, joints and defects).
+        features: without a reader, the scorer of the CLIP family whose image vectors are the features of Fréchet distance and diversity
+            ("" = neither is measured).
         split: test for a final result, validation for every choice.
         diversity_prompts: prompts with 4 seeds each for diversity (0 = off).
         stages: which to compare (empty = all).
@@ -301,10 +303,16 @@ class Evaluate:
     preference: str = ""
     judge: str = ""
     reader: str = ""
+    features: str = ""
     split: Literal["test", "validation"] = "test"
     diversity_prompts: int = 64
     stages: list[str] = field(default_factory=list)
     num_examples: int = 8
+
+    @property
+    def diverse_prompts(self) -> int:
+        """diversity_prompts, where there are features to measure diversity by; else 0."""
+        return self.diversity_prompts if self.reader or self.features else 0
 
 
 @dataclass(frozen=True, kw_only=True)

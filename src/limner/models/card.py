@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from limner.store import versions, write_atomic
 
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".bin")
 TEMPLATE = """---
 {{ card_data }}
 ---
@@ -26,22 +27,18 @@ A LoRA for the UNet of `{{ base_name }}`, trained with [Limner](https://github.c
 ```python
 from diffusers import StableDiffusionPipeline
 
-pipe = StableDiffusionPipeline.from_pretrained("{{ base_name }}")
-pipe.load_lora_weights("path/to/this/folder")
+pipe = StableDiffusionPipeline.{{ loads }}("{{ base_name }}")
+pipe.load_lora_weights("path/to/this/folder", adapter_name="{{ stage }}")
+{%- if strength %}
+pipe.set_adapters("{{ stage }}", {{ strength }})  # as it was evaluated
+{%- endif %}
 image = pipe("a photo of a person").images[0]
 ```
-
-`kohya.safetensors` holds the same weights under the names that ComfyUI and other programs read.
-{% if rows %}
-## Evaluation
-
-| metric |{% for m in models %} {{ m }} |{% endfor %}
-|---|{% for m in models %}---|{% endfor %}
-{% for name, cells in rows -%}
-| {{ name }} |{% for c in cells %} {{ c }} |{% endfor %}
-{% endfor %}
-In brackets: the confidence interval.
+{% if tuned %}
+The base model is the one that stage `base` of the same run made of `{{ tuned }}`: `train/base/model` below the run's folder.
 {% endif %}
+`kohya.safetensors` holds the same weights under the names that ComfyUI and other programs read.
+
 ## Training
 
 ```sh
@@ -58,14 +55,19 @@ Versions: {% for name, version in versions.items() %}{{ name }} {{ version }}{{ 
 """
 
 
+EVALUATION, TRAINING = "\n## Evaluation\n\n", "\n## Training\n"  # headings between which the table stands
+
+
 def write_card(
     folder: Path,
     *,
     base_model: str,
+    tuned: bool = False,
+    scale: float = 1.0,
+    blocks: Sequence[str] = ("all",),
     command: str,
     recipe_yaml: str,
     stage: str,
-    metrics: Mapping[str, Mapping[str, Any]] | None = None,
     samples: Path | None = None,
     license: str = "",
     tags: Sequence[str] = ("text-to-image", "lora", "dpo", "hg-dpo"),
@@ -74,9 +76,11 @@ def write_card(
 
     Args:
         base_model: as in `model.path`. A hub id also goes into the metadata; of a local path only the last part is shown.
+        tuned: the LoRA belongs to what the stage `base` made of that model.
+        scale: the strength it is used with.
+        blocks: where it is used, as in `generate.blocks`.
         command: what was run, exactly.
         recipe_yaml: the resolved recipe.
-        metrics: the `models` part of metrics.json: {model: {metric: {"value", "low", "high", "n"}}}, or plain numbers.
         samples: an image; copied into the folder if it lies elsewhere.
         license: the hub's identifier, e.g. creativeml-openrail-m; "" = not said.
 
@@ -85,16 +89,16 @@ def write_card(
     """
     is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) is not None and not Path(base_model).exists()
     data = ModelCardData(base_model=base_model if is_id else None, library_name="diffusers", license=license or None, tags=list(tags))
-    names = list(metrics or {})
-    every = list(dict.fromkeys(metric for of_model in (metrics or {}).values() for metric in of_model))
+    shown = base_model if is_id else Path(base_model).name
     card = ModelCard.from_template(
         data,
         template_str=TEMPLATE,
-        base_name=base_model if is_id else Path(base_model).name,
+        base_name="train/base/model" if tuned else shown,
+        loads="from_pretrained" if tuned or not shown.endswith(SINGLE_FILES) else "from_single_file",
+        tuned=shown if tuned else "",
+        strength=_strength(scale, blocks),
         stage=stage,
         samples=_beside(folder, samples) if samples else "",
-        models=names,
-        rows=[(metric, [_cell((metrics or {})[m].get(metric)) for m in names]) for metric in every],
         command=command.strip(),
         recipe_yaml=recipe_yaml.strip(),
         versions=versions(),
@@ -102,6 +106,32 @@ def write_card(
     path = folder / "README.md"
     write_atomic(path, str(card).rstrip() + "\n")
     return path
+
+
+def add_evaluation(card: Path, metrics: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put how models did into a card that `write_card` wrote, in place of what was there.
+
+    Args:
+        card: the README.md.
+        metrics: the `models` part of metrics.json, or some of it: {model: {metric: {"value", "low", "high", "n"}}}, or plain numbers.
+    """
+    every = dict.fromkeys(metric for of_model in metrics.values() for metric in of_model)
+    lines = [
+        ["metric", *metrics],
+        ["---"] * (len(metrics) + 1),
+        *[[m, *[_cell(found.get(m)) for found in metrics.values()]] for m in every],
+    ]
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    before, _, training = card.read_text().rpartition(TRAINING)
+    before = before.partition(EVALUATION)[0]
+    write_atomic(card, f"{before}{EVALUATION}{table}\n\nIn brackets: the confidence interval.\n{TRAINING}{training}")
+
+
+def _strength(scale: float, blocks: Sequence[str]) -> str:
+    """What `set_adapters` of diffusers takes; "" where nothing need be set."""
+    if "all" in blocks:
+        return "" if scale == 1 else f"{scale:g}"
+    return repr({"unet": {part: scale if part in blocks else 0.0 for part in ("down", "mid", "up")}})
 
 
 def _cell(value: Any) -> str:

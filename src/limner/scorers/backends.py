@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import http.client
 import json
 import math
 import os
@@ -159,15 +160,15 @@ class HttpBackend:
             try:
                 return read_answer(self._post(question))
             except urllib.error.HTTPError as error:
-                body = error.read(2000).decode(errors="replace").strip()
-                why = f"status {error.code}{': ' + ' '.join(body.split())[:200] if body else ''}"
+                body = _body(error)
+                why = f"status {error.code}{': ' + body if body else ''}"
                 if error.code in MISCONFIGURED:
                     raise ValueError(f"{self.url} refuses questions to {self.model} ({why}); check the address, the model's name "
                                      f"and the key in {KEY_VARIABLE}") from None  # fmt: skip
                 if error.code not in WAIT_AGAIN:
                     return Answer(problem=f"the endpoint refused it ({why})")
                 why += f" retry-after {error.headers.get('Retry-After', '')}"
-            except (OSError, TimeoutError) as error:  # URLError among them
+            except (OSError, http.client.HTTPException) as error:  # no connection, none in time, or an answer that breaks off
                 why = str(getattr(error, "reason", error)) or type(error).__name__
             except ValueError as error:
                 why = str(error)
@@ -194,6 +195,14 @@ class HttpBackend:
         request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=self._timeout) as response:
             return json.load(response)
+
+
+def _body(error: urllib.error.HTTPError) -> str:
+    """What an endpoint says of its refusal, in one line; "" where it breaks off."""
+    try:
+        return " ".join(error.read(2000).decode(errors="replace").split())[:200]
+    except (OSError, http.client.HTTPException):
+        return ""
 
 
 def data_url(image: bytes) -> str:

@@ -49,11 +49,21 @@ class Template:
         )
 
 
+def _final(label: str, value: str, text: str) -> list[str]:
+    """The values of the lines, or last sentences of lines, that say `label: value` and nothing else, whatever their emphasis.
+
+    None at all if the label also comes with a value in another way: `4 to 5`, `4/10`, `not better: tie`.
+    """
+    said = re.findall(rf"(?:^|[.!?]\s+)[*_#\s]*{label}[*_\s]*:[*_\s]*{value}[*_.\s]*$", text, re.IGNORECASE | re.MULTILINE)
+    near = re.findall(rf"{label}[*_\s]*:[*_\s]*{value}", text, re.IGNORECASE)
+    return said if len(said) == len(near) else []
+
+
 def read_points(answer: Answer) -> float | str:
     """`Final Score: x` with x in 1..5, once; or an answer that is such a number alone."""
     if answer.problem:
         return answer.problem
-    found = re.findall(r"final score\W*?(-?\d+(?:\.\d+)?)(?:\s*/\s*5\b)?", answer.text, re.IGNORECASE)
+    found = _final("final score", r"(-?\d+(?:\.\d+)?)(?:\s*/\s*5)?", answer.text)
     if not found and (alone := re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)(?:\s*/\s*5)?\.?\s*", answer.text)):
         found = [alone[1]]
     if len(set(map(float, found))) != 1:
@@ -66,7 +76,7 @@ def read_choice(answer: Answer) -> float | str:
     """`Better: 1`, `Better: 2` or `Better: tie`, once, to 1, 0 or 1/2."""
     if answer.problem:
         return answer.problem
-    found = {w.lower() for w in re.findall(r"better\W*?(?:image\s*)?(1|2|tie)\b", answer.text, re.IGNORECASE)}
+    found = {w.lower() for w in _final("better", r"(?:image\s*)?(1|2|tie)", answer.text)}
     if len(found) != 1:
         return _unread(answer, "expected one line `Better: 1`, `2` or `tie`" if not found else "it chooses both")
     return {"1": 1.0, "2": 0.0, "tie": 0.5}[found.pop()]

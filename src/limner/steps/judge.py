@@ -12,7 +12,9 @@ from limner.steps.run import FIGURES, Run, resolve
 from limner.store import write_atomic
 
 if TYPE_CHECKING:
+    from limner.evaluation.measure import Look
     from limner.records import Prompt, Score
+    from limner.scorers.reader import FigureReader
 
 DIVERSITY_SEEDS = 4
 
@@ -27,10 +29,9 @@ def generate(run: Run, only: Sequence[str] = ()) -> None:
         if only and model not in only:
             continue
         jobs = [(run.out / "generate" / split / model, 1, 0)]
-        if r.evaluate.diversity_prompts:
-            jobs.append((run.out / "generate" / f"{split}-diversity" / model, DIVERSITY_SEEDS, r.evaluate.diversity_prompts))
-        scale = r.generate.stage_lora_scale.get(model, r.generate.lora_scale)
-        pipeline, name = run.adapted(model, scale, r.generate.stage_blocks.get(model, r.generate.blocks))
+        if r.evaluate.diverse_prompts:
+            jobs.append((run.out / "generate" / f"{split}-diversity" / model, DIVERSITY_SEEDS, r.evaluate.diverse_prompts))
+        pipeline, name = run.adapted(model, *run.strength(model))
         for folder, count, limit in jobs:
             make_pool(
                 pipeline, run.out / "prompts" / split, folder, kind="generate", sampler=r.sampler, images_per_prompt=count,
@@ -42,31 +43,66 @@ def evaluate(run: Run) -> dict[str, Any]:
     """Measure every model, compare with the base, write metrics.json."""
     from limner.evaluation.compare import compare
     from limner.evaluation.distances import principal_components
-    from limner.evaluation.measure import features_of, measure_images, measure_real
+    from limner.evaluation.measure import measure_images, measure_real
     from limner.records import Image, Prompt
     from limner.store import read_rows
 
     e, split, reader = run.recipe.evaluate, run.recipe.evaluate.split, run.reader()
     prompts = {p.id: p for p in read_rows(run.out / "prompts" / split, Prompt)}
     scorers = {role: run.scorers[n] for role in ("preference", "judge") if (n := getattr(e, role))}
+    look = look_of(run, reader)
     measured = []
     for model in ["base", *run.compared]:
+        print(f"evaluate: {model}")
         images = list(read_rows(run.out / "generate" / split / model, Image))
         more = run.out / "generate" / f"{split}-diversity" / model
-        diverse = list(read_rows(more, Image)) if e.diversity_prompts else []
-        measured.append(measure_images(model, images, prompts, scorers, reader, diverse))
+        diverse = list(read_rows(more, Image)) if e.diverse_prompts else []
+        measured.append(measure_images(model, images, prompts, scorers, reader, diverse, look))
     n = len(measured[0].images or [])
-    real, reference = measure_real(list(prompts.values()), n, scorers, reader), None
+    real, reference = measure_real(list(prompts.values()), n, scorers, reader, look), None
     pca = None
-    if reader is not None:
+    if look is not None:
         others = _other_real(run, split, set(prompts), n)
-        reference = features_of(others, reader) if len(others) == n else None
-        training = [p for p, _ in zip(read_rows(run.out / "prompts/train", Prompt), range(1000)) if p.image]
-        pca = principal_components(features_of(training, reader), min(64, len(training) - 1)) if len(training) > 2 else None
-    circular = {"preference"} if "preference" in scorers else set()
-    metrics = compare(real, measured[0], measured[1:], pca, circular, run.recipe.seed, run.command, reference)
+        reference = look([p.image or b"" for p in others]) if len(others) == n else None
+        training = [p.image for p, _ in zip(read_rows(run.out / "prompts/train", Prompt), range(1000)) if p.image]
+        pca = principal_components(look(training), min(64, len(training) - 1)) if len(training) > 2 else None
+    metrics = compare(real, measured[0], measured[1:], pca, circular(run), run.recipe.seed, run.command, reference)
     write_atomic(run.out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     return metrics
+
+
+def look_of(run: Run, reader: FigureReader | None) -> Look | None:
+    """What Fréchet distance and diversity look with: the reader, else the CLIP that the recipe names, else nothing.
+
+    Raises:
+        ValueError: the scorer that it names has no CLIP tower.
+    """
+    from limner.evaluation.measure import clip_look, reader_look
+    from limner.scorers.clip import ClipScorer
+
+    if reader is not None:
+        return reader_look(reader)
+    if not (name := run.recipe.evaluate.features):
+        return None
+    if not isinstance(scorer := run.scorers[name], ClipScorer):
+        raise ValueError(
+            f"evaluate.features: {name} is of kind {run.recipe.scorers[name].kind}; expected clip, pickscore or one of the HPS"
+        )
+    return clip_look(scorer)
+
+
+def circular(run: Run) -> set[str]:
+    """The metrics of `evaluate` that a scorer or reader measures which chose training examples: they are better than what they show."""
+    e, specs, selectors = run.recipe.evaluate, run.recipe.scorers, run.selectors
+    chose = [specs[n] for n in selectors]  # under whatever name
+    found = {role for role in ("preference", "judge") if (n := getattr(e, role)) and specs[n] in chose}
+    if not e.reader and e.features and specs[e.features] in chose:
+        found |= {"frechet", "frechet_ratio", "diversity"}
+    if e.reader:
+        looked = {resolve(specs[n].path, n) for n in selectors if specs[n].kind in ("attributes", "soundness")}
+        if resolve(specs[e.reader].path, e.reader) in looked:
+            found |= {"frechet", "frechet_ratio", "attribute_accuracy", "joint_plausibility", "defect_rate", "diversity"}
+    return found
 
 
 def _other_real(run: Run, split: str, used: set[str], n: int) -> list[Prompt]:
@@ -83,6 +119,7 @@ def _other_real(run: Run, split: str, used: set[str], n: int) -> list[Prompt]:
 def report(run: Run) -> None:
     """Write report.html and a sheet of samples, and print the table."""
     from limner.evaluation.report import FIGURES_NOTE, print_table, read_curves, sheet, write_report
+    from limner.models.card import add_evaluation
     from limner.records import Image, Prompt
     from limner.scorers.steps import score_images
     from limner.store import read_rows
@@ -106,5 +143,8 @@ def report(run: Run) -> None:
         title=f"Limner: {run.recipe.name or run.out.name}", num_examples=e.num_examples,
     )  # fmt: skip
     sheet({m: x[:6] for m, x in pictures.items()}, [p.text for p in prompts[:6]], run.out / "samples.png")
+    for stage in run.compared:
+        if (card := run.out / "train" / stage / "adapter/README.md").is_file():
+            add_evaluation(card, {m: metrics["models"][m] for m in ("base", stage)})
     print_table(metrics)
     print(f"wrote {run.out / 'report.html'} and {run.out / 'metrics.json'}")

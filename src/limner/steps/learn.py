@@ -16,6 +16,8 @@ from limner.steps.make import prompts
 from limner.steps.run import Run
 from limner.store import differences, input_hash, write_atomic
 
+GRID = 8  # prompts of a grid of samples
+
 if TYPE_CHECKING:
     from limner.models.stable_diffusion import Pipeline
 
@@ -60,14 +62,16 @@ def train(run: Run, name: str) -> None:
         return
     lora.save_lora(folder / "adapter", pipeline.unet, POLICY, metadata={"stage": name, "recipe": run.recipe.name, "base": pipeline.hash})
     grids = sorted((folder / "samples").glob("*.png"))
+    scale, blocks = run.strength(name)
     write_card(
-        folder / "adapter", base_model=run.recipe.model.path, command=run.command, recipe_yaml=dump(run.recipe), stage=name,
-        samples=grids[-1] if grids else None,
+        folder / "adapter", base_model=run.recipe.model.path, tuned=name != BASE and BASE in run.recipe.stages, scale=scale, blocks=blocks,
+        command=run.command, recipe_yaml=dump(run.recipe), stage=name, samples=grids[-1] if grids else None,
     )  # fmt: skip
-    identity["adapter"] = f"{seeds.seed_of((folder / 'adapter/pytorch_lora_weights.safetensors').read_bytes().hex()):016x}"
-    write_atomic(folder / "identity.json", json.dumps(identity, indent=1, sort_keys=True))
     if name == BASE:
         _save_tuned_base(run)
+    # last: from here on the stage counts as trained
+    identity["adapter"] = f"{seeds.seed_of((folder / 'adapter/pytorch_lora_weights.safetensors').read_bytes().hex()):016x}"
+    write_atomic(folder / "identity.json", json.dumps(identity, indent=1, sort_keys=True))
     print(f"train {name}: wrote {folder / 'adapter'}")
 
 
@@ -80,7 +84,8 @@ def _save_tuned_base(run: Run) -> None:
     load_lora(pipeline.unet, run.out / "train" / BASE / "adapter", "tuned")
     merge_adapter(pipeline.unet, "tuned")
     partial = run.tuned_base.with_name(".model.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in (partial, run.tuned_base):  # of a run that was killed here
+        shutil.rmtree(left, ignore_errors=True)
     save_pipeline(pipeline, partial)
     partial.rename(run.tuned_base)
 
@@ -142,7 +147,7 @@ def _sampler_grid(run: Run, pipeline: Pipeline, folder: Path) -> Callable[[int],
     from limner.store import read_rows
 
     prompts(run, ["validation"])
-    chosen = [p for p, _ in zip(read_rows(run.out / "prompts/validation", Prompt), range(8))]
+    chosen = [p for p, _ in zip(read_rows(run.out / "prompts/validation", Prompt), range(GRID))]
     side = run.recipe.data.resolution
     requests = [Request(replace(p, image=None), 0, side, side) for p in chosen]
     before: list[Any] = []

@@ -42,7 +42,7 @@ class Run:
     @property
     def pipeline(self) -> Pipeline:
         """The base model, loaded on first use: the recipe's own, or what the stage `base` made of it."""
-        source = str(self.tuned_base) if BASE in self.recipe.stages and self.tuned_base.is_dir() else ""
+        source = str(self.tuned_base) if BASE in self.recipe.stages and self.identity_of(BASE).get("adapter") else ""
         if self._pipeline is None or self._pipeline.released or source != self._source:
             self._pipeline = None  # so that there are never two
             self._pipeline, self._source = load_model(self.recipe, source), source
@@ -71,6 +71,11 @@ class Run:
         set_adapter_scale(pipeline.unet, "policy", scale, list(blocks))
         return pipeline, f"{stage}:{self.identity_of(stage).get('adapter', '')}:{scale:g}:{'+'.join(blocks)}"
 
+    def strength(self, stage: str) -> tuple[float, list[str]]:
+        """How strongly, and in which blocks, a stage's adapter is used once it is trained."""
+        g = self.recipe.generate
+        return g.stage_lora_scale.get(stage, g.lora_scale), g.stage_blocks.get(stage, g.blocks)
+
     def identity_of(self, stage: str) -> dict[str, Any]:
         """What decided a stage's weights, and `adapter` once it is trained."""
         path = self.out / "train" / stage / "identity.json"
@@ -97,6 +102,13 @@ class Run:
     def pools(self) -> dict[str, str]:
         """The pools that stages choose from: their folders' names, and the stages that draw them ("" = the base model)."""
         return {r.key: r.model for s in self.recipe.stages.values() for r in s.sources if r.source == "pool"}
+
+    @property
+    def selectors(self) -> set[str]:
+        """The scorers that chose training examples; of a sum also what it sums."""
+        stages = self.recipe.stages.values()
+        found = {source.by for stage in stages for source in stage.sources} | {name for stage in stages for name in stage.wins_on}
+        return {part for name in found - {""} for part in (name, *self.recipe.scorers[name].of)}
 
     @property
     def compared(self) -> list[str]:
