@@ -17,8 +17,9 @@ from limner.cli import main
 from limner.feedback.simulate import Truth
 from limner.figures import assets, hps, seen
 from limner.figures.body import JOINTS
-from limner.figures.candidates import REAL, UNSEEN, Hps, observer, painter, read_candidates, world_rows
+from limner.figures.candidates import REAL, UNSEEN, Hps, hidden_quality, observer, painter, read_candidates, world_rows
 from limner.figures.choosers import ceilings, choose, fit_linear
+from limner.figures.latent import qualities
 from limner.figures.make import png
 from limner.images import encode_png
 from limner.recipe import Sampler
@@ -70,6 +71,16 @@ def test_the_difference_of_two_scorers_by_hand():
     assert accuracy_difference(ours, ours)["high"] == 0
     with pytest.raises(ValueError, match="judged on different pairs"):
         accuracy_difference(ours, ours.take(ours.margin > 0))
+
+
+def test_hidden_quality_is_what_people_go_by():
+    """As for other simulated people, `overall`, if nothing else is said; else the weights by hand."""
+    seen = qualities(np.full((4, 4, 3), 90, np.uint8), np.eye(4) > 0, np.zeros((4, 4), bool), 0.25, defect=0.3)
+    assert hidden_quality(Hps(), seen) == pytest.approx(seen["overall"])
+    looks = Hps(taste={"aesthetics": 0.8, "plausibility": 0.2})
+    assert hidden_quality(looks, {"plausibility": 0.5, "alignment": 0.1, "aesthetics": 0.25}) == pytest.approx(0.3)
+    with pytest.raises(ValueError, match="taste: beauty unknown; expected plausibility, alignment, aesthetics"):
+        hidden_quality(Hps(taste={"beauty": 1.0}), seen)
 
 
 SIZE = 16

@@ -61,10 +61,10 @@ def test_a_folder_scores_as_pairs_one_at_a_time(weights: Path, tmp_path: Path, c
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["config"]["scorers"]["mine"] == {
         "revision": scorer.revision, "metric": scorer.metric, "range": [pytest.approx(r, rel=1e-5) for r in scorer.range],
-        "higher_is_better": True, "comparable_across_prompts": True, "needs_prompt": True,
+        "higher_is_better": True, "comparable_across_prompts": False, "needs_prompt": True,
         "files": {"model.safetensors": sha256(weights / "model.safetensors")},
     }  # fmt: skip
-    assert manifest["counts"] == {"images": 6, "missing": {"mine": 0, "clip_cosine": 0}}
+    assert manifest["counts"] == {"images": 6, "missing": {"mine": 0, "clip_cosine": 0}, "prompts_cut": {}}
     table = list(csv.DictReader((tmp_path / "out/scores.csv").open()))
     assert [t["text"] for t in table] == list(texts.values()) and float(table[2]["mine"]) == pytest.approx(found["2.png"].score, rel=1e-6)
     assert len({t["prompt_id"] for t in table}) == len(set(texts.values()))
@@ -277,3 +277,17 @@ def test_scorers_of_the_command_line() -> None:
     assert (name, spec.kind, spec.path, spec.tower, spec.tokenizer) == (
         "aesthetic_v2", "aesthetic_v2", "w/sac+logos,v2.pth", "w/l14.pt", "clip",
     )  # fmt: skip
+
+
+def test_long_prompts_are_counted_once_over_all_batches(weights: Path, tmp_path: Path) -> None:
+    """Four batches, two distinct long prompts of which one stands in two of them; stopped and gone on with, the count is the same."""
+    long = ["a man in red and " * 30, "a woman " * 60]
+    table = [{"image": png(i), "text": text} for i, text in enumerate([long[0], "a man", long[1], long[0]])]
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "x.parquet")
+    scorers = [load_scorer("mine", ScorerSpec(kind="clip", path=str(weights)))]
+    with pytest.warns(UserWarning, match="longer than") as told:
+        files.score_files(files.Source(path=tmp_path / "x.parquet"), tmp_path / "out", scorers, batch_size=1, images_per_shard=2)
+    assert [str(w.message) for w in told if "longer" in str(w.message)] == [
+        f"2 of 3 prompts are longer than the {scorers[0].tower.context} tokens that mine reads; their ends are cut"  # type: ignore[attr-defined]
+    ]
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["counts"]["prompts_cut"] == {"mine": 2}

@@ -21,6 +21,7 @@ from limner.records import Choice, to_table
 from limner.scorers import clip, dual, objective
 from limner.scorers.choices import Choices
 from limner.scorers.learner import learner_of
+from limner.scorers.objective import shifted
 from limner.store import open_step
 from tiny import tiny_tokenizer
 
@@ -237,3 +238,16 @@ def test_a_dry_run_says_how_much_it_is(parts, tmp_path, capsys):
     assert f"1e-06 M of {count / 1e6:.3g} M parameters train" in said
     assert main(["scorer", "export", "--dry_run", "--choices", str(parts / "pairs")]) == 2
     assert "--dry_run: export has none" in capsys.readouterr().err
+
+
+def test_all_images_of_a_row_are_shifted_alike():
+    """Each result is a slice of the images with their edges repeated, by numpy; all places come up, and none beyond the most."""
+    x = torch.rand(2, 3, 20, 10, generator=torch.Generator().manual_seed(0))
+    padded = np.pad(x.numpy(), ((0, 0), (0, 0), (2, 2), (1, 1)), mode="edge")
+    places = {(top, left): padded[..., top : top + 20, left : left + 10] for top in range(5) for left in range(3)}
+    seen = set()
+    for k in range(200):
+        moved = shifted(x, 0.1, torch.Generator().manual_seed(k)).numpy()
+        (at,) = [place for place, expected in places.items() if np.array_equal(moved, expected)]
+        seen.add(at)
+    assert seen == set(places)

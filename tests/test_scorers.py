@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
 from chain import clip_scorer
 from limner.records import Image
 from limner.scorers import clip, dual, losses, reader
+from limner.scorers.protocol import describe
 from limner.scorers.steps import score_images
 from tiny import tiny_tokenizer
 
@@ -191,3 +194,48 @@ def test_a_saved_reader_reads_as_before(tmp_path):
     wrong = [{**c, "top": "none"} for c in claimed]  # read too unsurely to be counted
     assert second.attribute_accuracy(b, wrong).tolist() == [1, 1, 1]
     assert np.isnan(second.attribute_accuracy(b, [{"top": "red"}] * 3)).all()
+
+
+def test_a_dual_scorer_resizes_as_pillow_does(scorers):
+    """Pictures of unequal sizes in one batch, and tensors of another size: as Pillow's bicubic resize of each."""
+    rng = np.random.default_rng(0)
+    pictures = [PIL.Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in ((50, 40), (32, 32), (20, 70))]
+    small = [torch.from_numpy(np.array(p.resize((32, 32), PIL.Image.Resampling.BICUBIC))).permute(2, 0, 1) / 255 for p in pictures]
+    expected = scorers["dual"](torch.stack(small), PROMPTS)
+    assert scorers["dual"].score_pictures(pictures, PROMPTS) == pytest.approx(expected.tolist(), rel=1e-5)
+    first = torch.from_numpy(np.array(pictures[0])).permute(2, 0, 1)[None] / 255
+    assert scorers["dual"](first, PROMPTS[:1]).item() == pytest.approx(expected[0].item(), rel=1e-5)
+
+
+def test_a_dual_scorer_says_what_it_is(scorers, tmp_path):
+    found = describe(scorers["dual"])
+    assert list(found["files"]) == ["model.safetensors"]
+    assert found["files"]["model.safetensors"].startswith(found["revision"]) and len(found["files"]["model.safetensors"]) == 64
+    assert found["metric"] == "dual" and not found["comparable_across_prompts"]
+    with pytest.warns(UserWarning, match=r"1 of 2 prompts are longer than the \d+ tokens that the scorer reads"):
+        scorers["dual"](torch.rand(2, 3, 32, 32), ["a man " * 60, "red"])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (
+            lambda f: (f / "model.safetensors").write_bytes(b"x" * 40),
+            r"scorers\.mine\.path: .*model\.safetensors cannot be read as weights",
+        ),
+        (lambda f: (f / "model.safetensors").unlink(), r"scorers\.mine\.path: there is no file .*model\.safetensors"),
+        (lambda f: edit(f, width=8), r"position|head\.weight 16x16 instead of 8x16|text"),
+        (lambda f: edit(f, colour="red"), r"config\.json is not what `limner scorer train` writes \(.*colour"),
+        (lambda f: (f / "config.json").write_text("{"), r"config\.json is not what `limner scorer train` writes"),
+    ],
+)
+def test_a_damaged_dual_scorer_is_named(scorers, tmp_path, spoil, said):
+    dual.save_scorer(scorers["model"], scorers["dual"].tokenizer, tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        dual.load_scorer(tmp_path, "mine")
+
+
+def edit(folder, **values):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))

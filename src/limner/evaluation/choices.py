@@ -20,7 +20,7 @@ from limner.recipe import ScorerSpec
 from limner.records import Choice, Image
 from limner.scorers.agreement import accuracy, by_generator, calibration, choose_tie_margin, fit_temperature, judge, top_choice
 from limner.scorers.choices import Choices, generators_of
-from limner.scorers.protocol import Scorer
+from limner.scorers.protocol import Scorer, count_long, describe
 from limner.scorers.steps import score_images
 from limner.store import versions, write_atomic
 
@@ -47,6 +47,7 @@ class EvaluateScorers:
         features: of the choices' images: .npz of `files`, `features` (n, D) and, if there, `probabilities` (n, C) by any network; or the
             name of a scorer whose image tower is to look ("" = none).
         reference: real images: .npz of `features`; or, for a scorer's tower, images in any format of `data.train` ("" = none).
+        device: of the scorers: auto, cpu, cuda, mps ...
     """
 
     output_dir: str = ""
@@ -62,6 +63,7 @@ class EvaluateScorers:
     average: Literal["pairs", "prompts"] = "pairs"
     features: str = ""
     reference: str = ""
+    device: str = "auto"
 
 
 def score_choices(choices: Choices, scorers: Sequence[Scorer]) -> Scores:
@@ -157,6 +159,7 @@ def evaluate_choices(config: EvaluateScorers, scorers: Sequence[Scorer], seen: M
     """
     images = Path(config.images) if config.images else None
     choices = Choices(Path(config.choices), config.limit, images)
+    cut = count_long(scorers, (row.text for row in choices.rows))
     scores = score_choices(choices, scorers) if scorers else {}
     scores |= read_scores(Path(config.scores), choices.rows) if config.scores else {}
     if not scores and not config.features:
@@ -167,8 +170,9 @@ def evaluate_choices(config: EvaluateScorers, scorers: Sequence[Scorer], seen: M
         other = Choices(Path(config.validation), images=images)
         held_out = (other.rows, score_choices(other, scorers))
     out: dict[str, Any] = {"rows": len(choices), "tie_policy": config.tie_policy, "average": config.average, "seed": config.seed}
+    about = {s.name: {**describe(s), "prompts_cut": cut.get(s.name, 0)} for s in scorers}
     out["scorers"] = {
-        name: judge_scorer(
+        name: about.get(name, {}) | judge_scorer(
             choices.rows, found, config, seen=seen.get(name) if trained is None else trained,
             held_out=(held_out[0], held_out[1][name]) if held_out and name in held_out[1] else None,
         )

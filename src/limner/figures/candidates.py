@@ -55,7 +55,8 @@ class Hps:
         splits: choices' split to the world's split that captions come from.
         prompts: captions a split.
         choices_per_prompt: each with another rater and other pictures.
-        noise: of a rater, in units of the quality `overall`.
+        taste: what people go by: weights of the latent qualities, whose sum is a picture's hidden quality.
+        noise: of a rater, in units of hidden quality.
         tie: a rater whose best two are less than this apart cannot decide.
         sampler: of the pictures.
         few_steps: network steps of the generator that training never sees.
@@ -77,6 +78,7 @@ class Hps:
     splits: dict[str, str] = field(default_factory=lambda: {"train": "scorer", "validation": "judge", "test": "raters"})
     prompts: dict[str, int] = field(default_factory=lambda: {"train": 2000, "validation": 200, "test": 500})
     choices_per_prompt: int = 2
+    taste: dict[str, float] = field(default_factory=lambda: {"plausibility": 0.4, "alignment": 0.35, "aesthetics": 0.25})
     noise: float = 0.1
     tie: float = 0.03
     sampler: Sampler = field(default_factory=lambda: Sampler(num_inference_steps=16, guidance_scale=2.0, batch_size=50))
@@ -86,6 +88,17 @@ class Hps:
     tower_steps: int = 1500
     tower_batch: int = 64
     train: TrainScorer = field(default_factory=TrainScorer)
+
+
+def hidden_quality(config: Hps, candidate: Row) -> float:
+    """What everybody would say of a picture without noise; 0 to 1 where the weights add up to 1.
+
+    Raises:
+        ValueError: a weight of something that is no latent quality.
+    """
+    if unknown := [name for name in config.taste if name not in candidate]:
+        raise ValueError(f"taste: {', '.join(unknown)} unknown; expected plausibility, alignment, aesthetics")
+    return sum(weight * float(candidate[name]) for name, weight in config.taste.items())
 
 
 def resolve(path: str) -> Path:

@@ -1,7 +1,7 @@
 """Simulated raters who choose among pictures: a hidden quality, noise of their own, and what that leaves to be known.
 
-Hidden quality is `overall` of `latent.qualities`. A rater sees it with Gumbel noise, so that choices follow Luce's axiom: of two pictures
-the better one is preferred with probability sigmoid(difference / noise).
+Hidden quality is a weighted sum of `latent.qualities` (`candidates.hidden_quality`). A rater sees it with Gumbel noise, so that choices
+follow Luce's axiom: of two pictures the better one is preferred with probability sigmoid(difference / noise).
 """
 
 from __future__ import annotations

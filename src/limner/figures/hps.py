@@ -25,7 +25,7 @@ from torch import Tensor
 from limner import seeds
 from limner.config import build, dump, read_yaml, to_dict
 from limner.figures import fitting
-from limner.figures.candidates import REAL, Hps, Row, make_images, observer, painter, pixels, read_candidates, world_rows
+from limner.figures.candidates import REAL, Hps, Row, hidden_quality, make_images, observer, painter, pixels, read_candidates, world_rows
 from limner.figures.choosers import choose
 from limner.recipe import ScorerSpec
 from limner.records import Choice
@@ -62,6 +62,7 @@ def make_choices(config: Hps, split: str) -> None:
     folder = Path(config.output_dir) / "choices" / split
     decides = {
         "seed": config.seed,
+        "taste": config.taste,
         "noise": config.noise,
         "tie": config.tie,
         "choices_per_prompt": config.choices_per_prompt,
@@ -79,7 +80,7 @@ def make_choices(config: Hps, split: str) -> None:
             rng = np.random.default_rng(seeds.seed_of(config.seed, "raters", prompt_id, n))
             count = int(rng.integers(2, min(4, len(candidates)) + 1))
             chosen = [candidates[i] for i in rng.choice(len(candidates), count, replace=False)]
-            hidden = np.array([c["overall"] for c in chosen])
+            hidden = np.array([hidden_quality(config, c) for c in chosen])
             rows.append(
                 Choice(
                     id=f"{prompt_id}/{n}", prompt_id=prompt_id, text=chosen[0]["text"], kind="choice",

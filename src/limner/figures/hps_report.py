@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from limner.evaluation.choices import EvaluateScorers, Scores, judge_scorer, score_choices, table
 from limner.evaluation.sets import judge_sets
-from limner.figures.candidates import REAL, Hps, read_candidates
+from limner.figures.candidates import REAL, Hps, hidden_quality, read_candidates
 from limner.figures.choosers import by_lot, ceilings, fit_linear
 from limner.images import decode_batch
 from limner.records import Choice
@@ -46,7 +46,7 @@ def report(config: Hps, tower: Path, trained: Mapping[str, Path]) -> dict[str, A
         for name, found in scores["test"].items()
     }
     candidates = {c["file"]: c for c in read_candidates(config, "test")}
-    hidden = [np.array([candidates[f]["overall"] for f in row.files]) for row in rows["test"]]
+    hidden = [np.array([hidden_quality(config, candidates[f]) for f in row.files]) for row in rows["test"]]
     result["ceilings"] = ceilings(rows["test"], hidden, config.noise, **how)
     judged = {name: judge(rows["test"], found) for name, found in scores["test"].items()}
     result["gains"] = {

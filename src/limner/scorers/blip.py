@@ -7,7 +7,6 @@ of the published tensors, so files load as they are. Text cannot be encoded with
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from transformers import BertTokenizer
 
 from limner.images import check_images
-from limner.scorers.protocol import checked_prompts
+from limner.scorers.protocol import Reads, checked_prompts
 from limner.scorers.tower import preprocess, preprocess_pictures
 from limner.scorers.weights import compare, read_weights
 from limner.store import sha256
@@ -220,6 +219,7 @@ class BlipScorer:
         self.name, self.metric, self.revision, self.files = name, metric, revision, dict[str, str]()
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.range = model.bounds()
+        self.reads = Reads(model.reward.tokens, lambda text: len(self.tokenizer(text, truncation=False, verbose=False).input_ids))
 
     def to_device(self, device: str) -> None:
         """Move the weights."""
@@ -247,9 +247,7 @@ class BlipScorer:
         limit, rows = self.model.reward.tokens, dict[str, list[int]]()
         for text in dict.fromkeys(prompts):
             rows[text] = self.tokenizer(text, truncation=False, verbose=False).input_ids
-        if long := sum(len(r) > limit for r in rows.values()):
-            message = f"{long} of {len(rows)} prompts are longer than the {limit} tokens that the scorer reads; their ends are cut"
-            warnings.warn(message, stacklevel=5)
+        self.reads.warn(sum(len(r) > limit for r in rows.values()), len(rows), stacklevel=5)
         rows = {t: r if len(r) <= limit else [*r[: limit - 1], r[-1]] for t, r in rows.items()}
         longest = max(map(len, rows.values()))
         padded = torch.tensor([rows[t] + [0] * (longest - len(rows[t])) for t in prompts])

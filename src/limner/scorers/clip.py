@@ -20,7 +20,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from limner.images import check_images
 from limner.scorers.convert import VIT_H_14, VIT_L_14, Activation, Tower, build_clip, openai_to_clip, tower_of
-from limner.scorers.protocol import checked_prompts
+from limner.scorers.protocol import Reads, checked_prompts
 from limner.scorers.tower import ClipTower, Crop, find_tokenizer
 from limner.scorers.weights import compare, read_weights
 from limner.store import sha256
@@ -60,8 +60,8 @@ class Metric:
 
 
 METRICS = {
-    # Any CLIPModel folder, scored as PickScore is.
-    "clip": Metric(crop="transformers"),
+    # Any CLIPModel folder, scored as PickScore is; it may have been trained on choices, as PickScore was.
+    "clip": Metric(crop="transformers", comparable=False),
     # What most papers call CLIP score; as torchmetrics has it; as Hessel et al. wrote it (arXiv 2104.08718: ViT-B/32). Three scales.
     "clip_cosine": Metric(scale=1.0),
     "clip_score": Metric(scale=100.0, floor=True, crop="transformers"),
@@ -105,6 +105,7 @@ class ClipScorer:
         self._how = METRICS[kind]
         self.tower = ClipTower(model, tokenizer, self._how.crop)
         self._head = head
+        self.reads = Reads(self.tower.context, lambda prompt: len(self.tower.tokens(self._how.prefix + prompt)))
         self.metric = kind if self._how.tower else f"{kind}_{tower_of(model.config).backbone}"
         self.needs_prompt, self.comparable_across_prompts = self._how.needs_prompt, self._how.comparable
         if head is not None:
@@ -155,7 +156,7 @@ class ClipScorer:
             texts = list(self._how.pair)
         elif self.needs_prompt:
             texts = [self._how.prefix + p for p in checked_prompts(self.name, self.metric, prompts, len(images))]
-        text = self.tower.encode_texts(texts) if texts else None
+        text = self.tower.encode_texts(texts, self.reads) if texts else None
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             return self._score(self.tower.encode_images(images, differentiable), text).float()
 

@@ -13,12 +13,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from limner.images import check_images
+from limner.images import check_images, to_tensor, to_uint8
+from limner.scorers.protocol import Reads, checked_prompts
+from limner.scorers.weights import compare, read_weights
 from limner.store import sha256
+
+CACHED_TEXTS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,27 +123,63 @@ class DualEncoder(nn.Module):
 
 
 class DualScorer:
-    """A `DualEncoder` with its tokenizer behind the scorer protocol. Score = exp(scale) · cosine."""
+    """A `DualEncoder` with its tokenizer behind the scorer protocol. Score = exp(scale) · cosine.
 
-    higher_is_better = True
-    comparable_across_prompts = True
-    needs_prompt = True
+    Trained on choices among images of one prompt, scores compare within a prompt only.
+
+    Attributes:
+        files: SHA-256 of the weights, by name.
+        The others: as `Scorer`.
+    """
+
+    higher_is_better, comparable_across_prompts, needs_prompt, metric = True, False, True, "dual"
 
     def __init__(self, name: str, model: DualEncoder, tokenizer: Any, revision: str = ""):
-        self.name, self.model, self.tokenizer, self.revision = name, model.eval(), tokenizer, revision
+        self.name, self.model, self.tokenizer, self.revision, self.files = name, model.eval(), tokenizer, revision, dict[str, str]()
         bound = float(model.scale.detach())
         self.range = (-bound, bound)
+        self.reads = Reads(tokenizer.model_max_length, lambda text: len(tokenizer(text, truncation=False, verbose=False).input_ids))
+        self._texts: dict[str, Tensor] = {}
 
-    @torch.no_grad()
+    def to_device(self, device: str) -> None:
+        """Move the weights, and forget texts."""
+        self.model.to(device)
+        self._texts.clear()
+
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """As `Scorer`; images of another size are resized (antialiased)."""
+        """As `Scorer`; images of another size are resized as pictures are."""
         check_images(images)
-        distinct = list(dict.fromkeys(prompts))
-        text = self.model.encode_tokens(tokenize(self.tokenizer, distinct))[[distinct.index(p) for p in prompts]]
         size = self.model.config.size
         if images.shape[-2:] != (size, size):
-            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        return (self.model.encode_images(images.float()) * text).sum(1) * self.model.scale
+            images = pixels_of([Image.fromarray(p) for p in to_uint8(images)], size)
+        return self._scores(images, prompts)
+
+    def score_pictures(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+        """As `PictureScorer`: sizes may differ within a batch."""
+        return self._scores(pixels_of(pictures, self.model.config.size), prompts).tolist()
+
+    @torch.no_grad()
+    def _scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        text = self._encode(checked_prompts(self.name, self.metric, prompts, len(images)))
+        seen = self.model.encode_images(images.float().to(text.device))
+        return ((seen * text).sum(1) * self.model.scale).to(images.device)
+
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        """Texts to unit vectors (B, D); each is encoded once, and alone, so that batch mates cannot change a digit."""
+        found = {t: self._texts[t] for t in texts if t in self._texts}
+        new = [t for t in dict.fromkeys(texts) if t not in found]
+        self.reads.warn(self.reads.longer(new), len(new), stacklevel=5)
+        for text in new:
+            vector = self.model.encode_tokens(tokenize(self.tokenizer, [text]).to(self.model.log_scale.device))[0]
+            found[text] = self._texts[text] = vector
+            if len(self._texts) > CACHED_TEXTS:
+                self._texts.pop(next(iter(self._texts)))  # the oldest
+        return torch.stack([found[t] for t in texts])
+
+
+def pixels_of(pictures: Sequence[Image.Image], size: int) -> Tensor:
+    """RGB pictures to (n, 3, size, size) in [0, 1], by Pillow's bicubic resize, whatever their shape."""
+    return to_tensor([p if p.size == (size, size) else p.resize((size, size), Image.Resampling.BICUBIC) for p in pictures])
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:
@@ -169,19 +210,29 @@ def load_scorer(folder: Path, name: str) -> DualScorer:
     """Read what `save_scorer` wrote.
 
     Raises:
-        ValueError: files are missing, or it is another kind of scorer.
+        ValueError: files are missing or damaged, or it is another kind of scorer.
     """
+    wrong = f"scorers.{name}.path: {folder}/config.json is not what `limner scorer train` writes"
     try:
         values = json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
         raise ValueError(f"scorers.{name}.path: {folder} has no config.json; expected a folder that `limner scorer train` wrote") from None
+    except ValueError as error:
+        raise ValueError(f"{wrong} ({error})") from None
     if values.pop("kind", "") != "dual":
         raise ValueError(f"scorers.{name}.path: {folder} holds another kind of model; set scorers.{name}.kind")
-    vocabulary = values.pop("vocabulary")
-    shape: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    model = DualEncoder(DualConfig(**shape), vocabulary)
-    weights = load_file(folder / "model.safetensors")
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
+    try:
+        vocabulary = values.pop("vocabulary")
+        shape: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        model = DualEncoder(DualConfig(**shape), vocabulary)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{wrong} ({error})") from error
+    file = folder / "model.safetensors"
+    weights = read_weights(file, f"scorers.{name}.path")
+    compare(weights, {k: tuple(v.shape) for k, v in model.state_dict().items()}, f"scorers.{name}.path: {file}")
+    model.load_state_dict(weights)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    return DualScorer(name, model, tokenizer, sha256(folder / "model.safetensors")[:16])
+    digest = sha256(file)
+    scorer = DualScorer(name, model, CLIPTokenizer.from_pretrained(folder), digest[:16])
+    scorer.files = {file.name: digest}
+    return scorer

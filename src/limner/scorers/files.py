@@ -1,7 +1,8 @@
 """`limner score --images`: a user's folder, table or single image, scored by several scorers in one pass, resumable.
 
 folder/part-00000.parquet   rows of `Score`; image_id is the file's name in the folder, the column id, or the position
-folder/manifest.json        of every scorer: revision, SHA-256 of its files, range, direction, whether prompts compare
+folder/manifest.json        of every scorer: revision, SHA-256 of its files, range, direction, whether prompts compare; how many images
+                            have no score, how many prompts are longer than it reads
 folder/scores.csv           a line an image, a column a scorer; empty where there is no score (the rows say why)
 """
 
@@ -23,7 +24,7 @@ from limner.engine import Progress, run_shards, spans
 from limner.inputs import iter_images
 from limner.records import Image, Score, to_table
 from limner.scorers.combine import Floats, Scale, combine, pareto
-from limner.scorers.protocol import Scorer, describe
+from limner.scorers.protocol import Scorer, count_long, describe
 from limner.scorers.steps import keep_answers, score_images
 from limner.statistics import mean_interval
 from limner.store import Step, open_step, read_rows, sha256, write_atomic
@@ -87,8 +88,10 @@ def score_files(
         ValueError: rows that make no sense; a scorer that needs prompts where no image has one; another configuration's folder.
     """
     total = prompted = 0
+    texts: set[str] = set()
     for image in source.images():
         total, prompted = total + 1, prompted + bool(image.text)
+        texts.add(image.text)
     check_prompts(scorers, prompted, source.path)
     if weights:  # mistakes in them before the work, not behind it
         combine({s.name: [] for s in scorers}, [], weights)
@@ -105,12 +108,14 @@ def score_files(
         images = take(task)
         return {"part": to_table(Score, score_images(images, scorers, batch_size, progress))}
 
+    cut = count_long(scorers, texts)
     done = run_shards(step, tasks, work, units=len, name="score", part=part)
     if done:
         found = list(read_rows(folder, Score))
         columns = wide_columns(found, scorers, weights or {}, scale)
         write_atomic(folder / "scores.csv", wide_table(source.images(), found, columns))
-        step.finish({"images": total, "missing": {s.name: sum(r.score is None for r in found if r.scorer == s.name) for s in scorers}})
+        missing = {s.name: sum(r.score is None for r in found if r.scorer == s.name) for s in scorers}
+        step.finish({"images": total, "missing": missing, "prompts_cut": cut})
     return done
 
 

@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from limner.images import resize_tensor, to_tensor
+from limner.images import to_tensor
 from limner.scorers.clip import METRICS, ClipScorer
-from limner.scorers.dual import DualConfig, DualEncoder, DualScorer, save_scorer, tokenize, vocabulary_of
+from limner.scorers.dual import DualConfig, DualEncoder, DualScorer, pixels_of, save_scorer, tokenize, vocabulary_of
+from limner.scorers.protocol import Reads
 from limner.scorers.tower import _vector, preprocess
 
 Tower = tuple[int, str, tuple[str, ...], tuple[str, ...]]
@@ -26,8 +27,9 @@ class Learner:
     """What training needs of a scorer.
 
     prepare: pictures of any size to pixels (n, 3, S, S), as the scorer itself sees them; images: pixels to unit vectors (n, D);
-    texts: texts to unit vectors (n, D); scale: of the cosine; write: a folder that `load_scorer` of its kind reads; towers: for vision
-    and text, how many layers there are and what a parameter's name begins with: of a layer, behind the layers, anywhere in the tower.
+    texts: texts to unit vectors (n, D); scale: of the cosine; write: a folder that `load_scorer` of its kind reads; reads: how much of a
+    text; towers: for vision and text, how many layers there are and what a parameter's name begins with: of a layer, behind the layers,
+    anywhere in the tower.
     """
 
     kind: str
@@ -38,6 +40,7 @@ class Learner:
     texts: Callable[[Sequence[str]], Tensor]
     scale: Callable[[], Tensor]
     write: Callable[[Path], None]
+    reads: Reads
     towers: dict[str, Tower]
 
     @property
@@ -72,7 +75,7 @@ def clip_learner(scorer: ClipScorer) -> Learner:
     return Learner(
         "clip", model, int(model.config.projection_dim), prepare,
         lambda pixels: F.normalize(_vector(model.get_image_features(pixel_values=pixels)), dim=-1), texts,
-        lambda: model.logit_scale.exp(), write,
+        lambda: model.logit_scale.exp(), write, Reads(context, lambda text: len(tower.tokens(text))),
         {
             "vision": _tower("vision_model.", vision, "post_layernorm.", "visual_projection."),
             "text": _tower("text_model.", text, "final_layer_norm.", "text_projection."),
@@ -89,13 +92,11 @@ def dual_learner(model: DualEncoder, tokenizer: Any) -> Learner:
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     size = model.config.size
 
-    def prepare(pictures: Sequence[Image.Image]) -> Tensor:
-        return torch.cat([x if x.shape[-2:] == (size, size) else resize_tensor(x, size) for x in (to_tensor([p]) for p in pictures)])
-
     return Learner(
-        "dual", model, model.config.width, prepare, model.encode_images,
+        "dual", model, model.config.width, lambda pictures: pixels_of(pictures, size), model.encode_images,
         lambda found: model.encode_tokens(tokenize(tokenizer, found).to(model.log_scale.device)), lambda: model.scale,
         lambda folder: save_scorer(model, tokenizer, folder),
+        Reads(tokenizer.model_max_length, lambda text: len(tokenizer(text, truncation=False, verbose=False).input_ids)),
         {
             "vision": (0, "", (), ("trunk.", "position", "mixer.", "head.")),
             "text": (0, "", (), ("text.", "text_head.")),

@@ -56,6 +56,7 @@ class TrainScorer:
         text_layers: the same (HPS v1: 6).
         train_scale: the logit scale as well.
         mirror: chance that all images of a row are mirrored.
+        shift: all images of a row are moved by up to so much of their side, their edges repeated.
         learning_rate: of AdamW (HPS v1 about 1.7e-5, PickScore 3e-6).
         adam_beta1: of AdamW.
         adam_beta2: of AdamW.
@@ -90,6 +91,7 @@ class TrainScorer:
     text_layers: int = -1
     train_scale: bool = True
     mirror: float = 0.0
+    shift: float = 0.0
     learning_rate: float = 1e-5
     adam_beta1: float = 0.9
     adam_beta2: float = 0.98
@@ -153,6 +155,8 @@ class Draw:
         ]
         apply = map if self._workers is None else self._workers.map
         pixels = list(apply(self._prepare, indices, encoded, mirrored))
+        if self.config.shift:
+            pixels = [shifted(x, self.config.shift, seeds.generator(self.config.seed, "shift", first + i)) for i, x in enumerate(pixels)]
         device = self.learner.device
         owner = [i for i, found in enumerate(encoded) for _ in found]
         return Batch(
@@ -163,6 +167,14 @@ class Draw:
     def _prepare(self, index: int, encoded: list[bytes], mirrored: bool) -> Tensor:
         pictures = self.choices.decode(index, encoded)
         return self.learner.prepare([ImageOps.mirror(p) for p in pictures] if mirrored else pictures)
+
+
+def shifted(pixels: Tensor, most: float, g: torch.Generator) -> Tensor:
+    """Images (n, 3, H, W) all moved by the same whole pixels, at most `most` of their sides each way; what comes in repeats the edge."""
+    height, width = pixels.shape[-2:]
+    down, right = (int(most * side) for side in (height, width))
+    top, left = (int(torch.randint(0, 2 * m + 1, (), generator=g)) for m in (down, right))
+    return nn.functional.pad(pixels, (right, right, down, down), mode="replicate")[..., top : top + height, left : left + width]
 
 
 def usable(rows: Sequence[Choice], loss: LossName) -> list[int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from PIL import Image
@@ -42,6 +43,40 @@ class PictureScorer(Scorer, Protocol):
     def score_pictures(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Sequence[float | str]:
         """Of each RGB picture its score, or the reason why there is none."""
         ...
+
+
+class Reads:
+    """How many tokens of a prompt a scorer reads: its attribute `reads`, where it cuts longer prompts."""
+
+    def __init__(self, limit: int, length: Callable[[str], int]):
+        """length: tokens of a text."""
+        self.limit, self._length, self._told = limit, length, False
+
+    def longer(self, prompts: Iterable[str]) -> int:
+        """How many distinct prompts are longer than that."""
+        return sum(self._length(p) > self.limit for p in set(prompts))
+
+    def warn(self, long: int, of: int, who: str = "the scorer", stacklevel: int = 2, *, for_good: bool = False) -> None:
+        """Say that prompts are cut; for_good: and never again, all were counted."""
+        if long and not self._told:
+            message = f"{long} of {of} prompts are longer than the {self.limit} tokens that {who} reads; their ends are cut"
+            warnings.warn(message, stacklevel=stacklevel + 1)
+        self._told |= for_good
+
+
+def count_long(scorers: Iterable[Any], prompts: Iterable[str]) -> dict[str, int]:
+    """Of each scorer that cuts any of the distinct prompts how many; each warns here, once, and not at every batch.
+
+    Warns:
+        UserWarning: the count.
+    """
+    distinct, found = set(prompts), dict[str, int]()
+    for scorer in scorers:
+        reads = getattr(scorer, "reads", None)
+        if reads is not None and scorer.needs_prompt and (long := reads.longer(distinct)):
+            found[scorer.name] = long
+            reads.warn(long, len(distinct), scorer.name, 2, for_good=True)
+    return found
 
 
 def describe(scorer: Scorer) -> dict[str, Any]:

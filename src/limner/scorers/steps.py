@@ -14,7 +14,7 @@ import pyarrow as pa
 from limner.engine import Progress, run_shards
 from limner.images import decode, in_threads, to_tensor
 from limner.records import Image, Score, from_table, to_table
-from limner.scorers.protocol import PictureScorer, Scorer, describe
+from limner.scorers.protocol import PictureScorer, Scorer, count_long, describe
 from limner.store import input_hash, open_step, read_table, shards
 
 FEEDBACK = "feedback"  # the name of scores that say what was preferred
@@ -123,6 +123,8 @@ def make_scores(images_folder: Path, folder: Path, scorers: Sequence[Scorer], ba
     step = open_step(folder, "scores", config, {"images": input_hash(images_folder)})
     tasks = shards(images_folder)
 
+    cut = count_long(scorers, (text for path in tasks for text in read_table(path, ["text"]).column("text").to_pylist()))
+
     def work(_: int, path: Path, progress: Progress) -> dict[str, pa.Table]:
         images = from_table(Image, read_table(path), str(path))
         scores = score_images(images, scorers, batch_size)
@@ -130,4 +132,4 @@ def make_scores(images_folder: Path, folder: Path, scorers: Sequence[Scorer], ba
         return {"part": to_table(Score, scores)}
 
     if run_shards(step, tasks, work, name=folder.name, part=part):
-        step.finish({"scorers": [s.name for s in scorers], "shards": len(tasks)})
+        step.finish({"scorers": [s.name for s in scorers], "shards": len(tasks), "prompts_cut": cut})

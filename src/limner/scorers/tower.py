@@ -7,7 +7,6 @@ splits them: OpenAI's and open_clip's also repair broken encodings (ftfy) and un
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from limner.images import in_threads, resize_tensor, to_uint8
+from limner.scorers.protocol import Reads
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CACHED_TEXTS = 50_000  # of 4 KB at most
@@ -88,12 +88,19 @@ class ClipTower:
         vectors = [image_features(self.model, part.to(self.device)) for part in pixels.split(count)]
         return F.normalize(torch.cat(vectors), dim=-1)
 
+    def tokens(self, text: str) -> list[int]:
+        """A text's ids from start to end token, however many."""
+        return list(self.tokenizer(text, truncation=False, verbose=False).input_ids)
+
     @torch.no_grad()
-    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+    def encode_texts(self, texts: Sequence[str], reads: Reads) -> Tensor:
         """Texts to unit vectors (B, D); one that was seen before is not encoded again.
 
         A text is encoded alone and unpadded: what stands behind the end token never reaches it, most texts are far shorter than the
         context, and so neither batch mates nor what the cache holds (after a restart: less) can change a digit.
+
+        Args:
+            reads: of the scorer; it warns.
 
         Warns:
             UserWarning: how many of the new texts are longer than the context; they are cut.
@@ -102,16 +109,14 @@ class ClipTower:
         found = {t: self._texts[t] for t in texts if t in self._texts}
         long = 0
         for text in new:
-            ids = self.tokenizer(text, truncation=False, verbose=False).input_ids
+            ids = self.tokens(text)
             long += len(ids) > self.context
             ids = ids if len(ids) <= self.context else [*ids[: self.context - 1], ids[-1]]
             vector = _vector(self.model.get_text_features(input_ids=torch.tensor([ids], device=self.device)))
             found[text] = self._texts[text] = F.normalize(vector, dim=-1)[0]
             if len(self._texts) > CACHED_TEXTS:
                 self._texts.pop(next(iter(self._texts)))  # the oldest
-        if long:
-            message = f"{long} of {len(new)} prompts are longer than the {self.context} tokens that the scorer reads; their ends are cut"
-            warnings.warn(message, stacklevel=4)  # the scorer's caller; no_grad is a frame as well
+        reads.warn(long, len(new), stacklevel=4)  # the scorer's caller; no_grad is a frame as well
         return torch.stack([found[t] for t in texts])
 
     def check_tokenizer(self, where: str) -> None:

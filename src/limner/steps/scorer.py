@@ -136,7 +136,7 @@ def evaluate(config: EvaluateScorers) -> dict[str, Any]:
         about = resolve(spec.path, name) / "training.json"
         if about.is_file():
             seen[name] = json.loads(about.read_text())["generators"]
-    found = evaluate_choices(config, list(load_scorers(config.scorers).values()), seen)
+    found = evaluate_choices(config, list(load_scorers(config.scorers, config.device).values()), seen)
     print(table(found))
     print(f"wrote {config.output_dir}/agreement.json and scores.parquet")
     return found
