@@ -1,7 +1,7 @@
 """Make the pictures of the embedded world: rows of figures, each split with people and captions of its own.
 
-A split owns a part of the space of attributes (by hash), so no two splits share a caption: what a scorer was trained on
-can never be in a pool, in a reconstruction or in an evaluation.
+A split owns a part of the space of attributes (by hash), so that what a scorer was trained on is in no pool, reconstruction or evaluation.
+Captions may leave hair unsaid, so that a few would stand in two splits all the same: `reword` says them another way.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,16 @@ def draw(split: str, start: int, stop: int, *, seed: int = 0, size: int = 64, de
                 figure = first if k == 0 else _draw_figure(split, rng, first)
                 wrong = make_defective(figure, mesh, layers, rng) if defects else None
                 yield Drawn(i * paints + k, figure, int(rng.integers(2**31)), paint(figure, layers), wrong)
+
+
+def reword(row: dict[str, Any], taken: Collection[str]) -> None:
+    """Give a row of `row` another caption where its own is among those taken; swapped captions are as they were."""
+    attributes = json.loads(row["attributes"])
+    for seed in count():
+        if row["prompt"] not in taken:
+            return
+        caption = describe(attributes, seed)
+        row["prompt"], row["claimed"] = caption.text, sorted(caption.attributes)
 
 
 def png(array: np.ndarray) -> bytes:

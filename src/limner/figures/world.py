@@ -25,7 +25,7 @@ from limner.config import build, dump, read_yaml
 from limner.engine import Progress, run_shards, spans
 from limner.figures.assets import DATA, SPLITS
 from limner.figures.fitting import save_whole
-from limner.figures.make import draw, row
+from limner.figures.make import draw, reword, row
 from limner.recipe import Sampler
 from limner.store import is_complete, open_step, shards
 
@@ -264,9 +264,11 @@ def ship(world: World) -> None:
 
     target = Path(world.ship_dir) if world.ship_dir else DATA
     target.mkdir(parents=True, exist_ok=True)
+    taken = {r["prompt"] for split in ("scorer", "judge") for r in _read(world, split, ["prompt"])}  # scorers memorise what they learned from
     for split in SPLITS:
         rows = _read(world, split, ["id", "prompt", "split", "image", "attributes", "claimed", "joints", "visible", "parts"])
         for r in rows:
+            reword(r, taken)
             r["truth"] = json.dumps({"attributes": json.loads(r.pop("attributes")), "claimed": r.pop("claimed")})
         pq.write_table(pa.Table.from_pylist(rows), target / f"{split}.parquet", compression="zstd")
     pipe = DiffusionPipeline.from_pretrained(_folder(world, "base/pipeline")).to(torch.float16)
