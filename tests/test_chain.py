@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from limner.cli import main
 from limner.models.lora import load_lora
 from limner.models.stable_diffusion import load_pipeline
 from limner.recipe import load_recipe
-from limner.records import Example, Image
+from limner.records import Example, Image, Prompt
 from limner.steps import Run
 from limner.steps.judge import circular
 from limner.store import read_manifest, read_rows
@@ -106,3 +107,27 @@ def test_what_chose_the_examples_is_circular(tmp_path):
     assert found({**both, **readers}, "sound", reader="reader") == read
     assert found({**both, **readers, "reader": {"kind": "reader", "path": "another"}}, "sound", reader="reader") == set()
     assert found(both, "picker", features="picker") == {"preference", "frechet", "frechet_ratio", "diversity"}
+
+
+def test_grids_of_samples_show_the_base_above_the_policy(tmp_path):
+    """At equal seeds: the upper row is what the base draws, in every grid; the lower one moves."""
+    from PIL import Image as Picture
+
+    from limner.pool.sample import Request, sample
+
+    learn = [f"--stages.easy.learn.{k}={v}" for k, v in {"sample_steps": 1, "max_train_steps": 3, "learning_rate": 0.03}.items()]
+    recipe = write_recipe(tmp_path)
+    assert main(["run", str(recipe), *learn]) == 0
+    found = sorted((tmp_path / "out/train/easy/samples").iterdir())
+    assert [p.name for p in found] == ["step-000001.png", "step-000002.png", "step-000003.png"]
+    sheets = [np.array(Picture.open(p).convert("RGB")) for p in found]
+    side, half = 16, len(sheets[0]) // 2
+    upper, lower = [s[:half] for s in sheets], [s[half:] for s in sheets]
+    assert np.array_equal(upper[0], upper[2])
+    assert not np.array_equal(lower[0], lower[2])
+    run = Run(load_recipe(recipe))
+    prompts = list(read_rows(tmp_path / "out/prompts/validation", Prompt))
+    requests = [Request(replace(p, image=None), 0, side, side) for p in prompts]
+    drawn = [(x * 255).round().byte().permute(1, 2, 0).numpy() for x, _ in sample(run.pipeline, requests, run.recipe.sampler, 0)]
+    places = [upper[0][y : y + side, x : x + side] for y in range(half - side + 1) for x in range(upper[0].shape[1] - side + 1)]
+    assert [any(np.array_equal(tile, place) for place in places) for tile in drawn] == [True] * 6

@@ -101,7 +101,7 @@ def cut(folder: Path) -> None:
 INPUTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "missing image": (lambda f: (f / "photos/2.png").unlink(), ["metadata.jsonl:3", "file_name names 2.png", "does not exist"]),
     "not an image": (lambda f: (f / "photos/2.png").write_text("hello"), ["metadata.jsonl:3", "file_name 2.png", "not a readable image"]),
-    "truncated image": (cut, ["photos", "image of train-000003", "not a readable image"]),
+    "truncated image": (cut, ["metadata.jsonl:4", "file_name 3.png", "not a readable image"]),
     "caption absent": (edit(1, lambda r: {"file_name": r["file_name"]}), ["metadata.jsonl:2", "text is empty"]),
     "caption blank": (edit(4, lambda r: {**r, "text": "  "}), ["metadata.jsonl:5", "text is empty"]),
     "no file name": (edit(1, lambda r: {"text": "a man"}), ["metadata.jsonl:2", "file_name", "is empty"]),
@@ -196,7 +196,13 @@ def test_a_truncated_shard(pooled: World) -> None:
     shard = pooled.out / "pool/part-00001.parquet"
     shard.write_bytes(shard.read_bytes()[:-100])
     message = pooled.fails("score")
-    assert "part-00001.parquet is damaged" in message or "run the step that makes it first" in message
+    assert f"{shard} is damaged (its checksum differs); delete it with its .sha256 and run the step again" in message
+
+
+def test_a_truncated_shard_of_prompts(pooled: World) -> None:
+    shard = pooled.out / "prompts/train/part-00000.parquet"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert f"{shard} is damaged (" in pooled.fails("reconstruct")
 
 
 def test_a_lora_for_another_model(world: World) -> None:

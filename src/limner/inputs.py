@@ -69,12 +69,26 @@ def iter_prompts(
     Raises:
         ValueError: anything that cannot be read or makes no sense; names the file, the row and the field.
     """
+    for _, prompt in _located(Path(path), split, caption_column, image_column, limit, need_images):
+        yield prompt
+
+
+def locate(path: str | Path, split: str, id: str, *, caption_column: str = "", image_column: str = "") -> str:
+    """Where a prompt of `iter_prompts` stands, for messages: file, row, and the name of its image if it has one."""
+    for where, prompt in _located(Path(path), split, caption_column, image_column, 0, False):
+        if prompt.id == id:
+            return where
+    return f"{path}: {id}"
+
+
+def _located(path: Path, split: str, caption_column: str, image_column: str, limit: int, need_images: bool) -> Iterator[tuple[str, Prompt]]:
+    """Prompts, and where each stands."""
     if limit < 0:
         raise ValueError(f"limit: {limit}; expected 0 (all) or more")
     find = partial(_find, caption_column, image_column, need_images)
     seen: dict[str, str] = {}
     other_splits: Counter[str] = Counter()
-    for file in _files(Path(path), split):
+    for file in _files(path, split):
         chosen: tuple[str, str | None] | None = None
         for where, values in _rows(file, find):
             chosen = chosen or find(values, file)
@@ -90,7 +104,8 @@ def iter_prompts(
                 truth=truth if truth is None or isinstance(truth, str) else json.dumps(truth, ensure_ascii=False),
             )
             _note(seen, prompt.id, where)
-            yield prompt
+            name = values.get(chosen[1]) if chosen[1] else None
+            yield f"{where}: {chosen[1]} {name}" if isinstance(name, str) else where, prompt
             if len(seen) == limit:
                 return
     if not seen:

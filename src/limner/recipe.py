@@ -357,5 +357,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     from limner.checks import check  # knows the classes above
 
     recipe = build(Recipe, read_yaml(path), overrides, str(path))
-    check(recipe)
+    try:
+        check(recipe)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return recipe

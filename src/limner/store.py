@@ -178,13 +178,20 @@ def read_rows(folder: Path, kind: type[Row], columns: list[str] | None = None) -
         yield from from_table(kind, read_table(path, columns), str(path))
 
 
+def _rows_in(path: Path) -> int:
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it with its .sha256 and run the step again") from error
+
+
 class Rows(Generic[Row]):
     """The rows of a step's folder by number, read a shard at a time when asked for: a folder of photos need not fit into memory."""
 
     def __init__(self, folder: Path, kind: type[Row], limit: int = 0):
         self.kind: type[Row] = kind
         self.paths = shards(folder)
-        self.ends = list(accumulate(pq.read_metadata(p).num_rows for p in self.paths))
+        self.ends = list(accumulate(map(_rows_in, self.paths)))
         self.length = min(limit or 1 << 62, self.ends[-1] if self.ends else 0)
         self._last: tuple[int, list[Row]] = (-1, [])
 

@@ -264,7 +264,9 @@ def ship(world: World) -> None:
 
     target = Path(world.ship_dir) if world.ship_dir else DATA
     target.mkdir(parents=True, exist_ok=True)
-    taken = {r["prompt"] for split in ("scorer", "judge") for r in _read(world, split, ["prompt"])}  # scorers memorise what they learned from
+    taken = {
+        r["prompt"] for split in ("scorer", "judge") for r in _read(world, split, ["prompt"])
+    }  # scorers memorise what they learned from
     for split in SPLITS:
         rows = _read(world, split, ["id", "prompt", "split", "image", "attributes", "claimed", "joints", "visible", "parts"])
         for r in rows:

@@ -31,12 +31,16 @@ def prompts_config(data: Data, source: str, seed: int) -> dict[str, Any]:
 
 
 def write_prompts(
-    prompts: Sequence[Prompt], data: Data, folder: Path, seed: int, source: str, limit: int = 0, per_shard: int = 256
-) -> None:
+    prompts: Sequence[Prompt], data: Data, folder: Path, seed: int, source: str, limit: int = 0, per_shard: int = 256,
+    where: Callable[[str], str] = "image of {}".format,
+) -> None:  # fmt: skip
     """Materialise a split: captions, and real images cut once to the training size (so that nothing later crops).
 
+    Args:
+        where: the prompt of an id to where it stands, for messages.
+
     Raises:
-        ValueError: an image cannot be read; names its prompt.
+        ValueError: an image cannot be read.
     """
     config = {**prompts_config(data, source, seed), "rows": len(prompts)}
     step = open_step(folder, "prompts", config, {"texts": f"{seeds.seed_of(*[p.text for p in prompts]):016x}"})
@@ -45,7 +49,10 @@ def write_prompts(
     def cut(prompt: Prompt) -> Prompt:
         if prompt.image is None:
             return prompt
-        picture = decode(prompt.image, f"{source}: image of {prompt.id}")
+        try:
+            picture = decode(prompt.image, "the image")
+        except ValueError as error:
+            raise ValueError(f"{where(prompt.id)}: {error}") from error
         width, height = choose_bucket(picture.size, buckets)
         if picture.size == (width, height) and prompt.image.startswith(b"\x89PNG"):
             return prompt
@@ -53,7 +60,7 @@ def write_prompts(
         try:
             fitted = fit_to(picture, width, height, data.crop, rng)
         except ValueError as error:
-            raise ValueError(f"{source}: image of {prompt.id}: {error}") from error
+            raise ValueError(f"{where(prompt.id)}: {error}") from error
         return Prompt(id=prompt.id, text=prompt.text, split=prompt.split, image=encode_png(to_tensor(fitted)), truth=prompt.truth)
 
     def work(_: int, part: Sequence[Prompt], progress: Progress) -> dict[str, pa.Table]:

@@ -14,7 +14,9 @@ from limner.store import write_atomic
 def run_all(run: Run) -> None:
     """Every step in order; finished ones are skipped. A stage `base` comes first: pools and references are made with its model."""
     run.out.mkdir(parents=True, exist_ok=True)
-    write_atomic(run.out / "recipe.yaml", dump(run.recipe))
+    said = run.out / "recipe.yaml"
+    if not said.is_file():
+        write_atomic(said, dump(run.recipe))
     prompts(run, ["train", run.recipe.evaluate.split])
     if BASE in run.recipe.stages:
         examples(run, BASE)
@@ -32,6 +34,7 @@ def run_all(run: Run) -> None:
     generate(run)
     evaluate(run)
     report(run)
+    write_atomic(said, dump(run.recipe))  # not before: a folder of another configuration refuses this one
 
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -161,7 +162,9 @@ def _sampler_grid(run: Run, pipeline: Pipeline, folder: Path) -> Callable[[int],
                     before.extend(x for x, _ in sample(pipeline, requests, run.recipe.sampler, run.recipe.seed))
             after = [x for x, _ in sample(pipeline, requests, run.recipe.sampler, run.recipe.seed)]
         pipeline.move_encoders("cpu")
-        grid(torch.stack([*before, *after]), len(before)).save(folder / f"step-{step:06d}.png")
+        sheet = io.BytesIO()
+        grid(torch.stack([*before, *after]), len(before)).save(sheet, "PNG")
+        write_atomic(folder / f"step-{step:06d}.png", sheet.getvalue())
 
     return draw
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def prompts(run: Run, splits: Sequence[str] = ("train", "validation", "test")) -> None:
     """Write the captions (and real images in training size) of the splits that the recipe names."""
-    from limner.inputs import read_prompts
+    from limner.inputs import locate, read_prompts
     from limner.pool.steps import write_prompts
 
     data = run.recipe.data
@@ -24,11 +25,10 @@ def prompts(run: Run, splits: Sequence[str] = ("train", "validation", "test")) -
         source, limit, folder = getattr(data, split), getattr(data, f"max_{split}_prompts"), run.out / "prompts" / split
         if not source or _has_prompts(run, folder, source, limit):
             continue
-        found = read_prompts(
-            resolve(source, split), split, caption_column=data.caption_column, image_column=data.image_column, limit=limit,
-            need_images=split == "train" and (run.uses("reconstruction") or run.uses("real")),
-        )  # fmt: skip
-        write_prompts(found, data, folder, run.recipe.seed, source, limit)
+        path, columns = resolve(source, split), {"caption_column": data.caption_column, "image_column": data.image_column}
+        needed = split == "train" and (run.uses("reconstruction") or run.uses("real"))
+        found = read_prompts(path, split, limit=limit, need_images=needed, **columns)
+        write_prompts(found, data, folder, run.recipe.seed, source, limit, where=partial(locate, path, split, **columns))
 
 
 def _has_prompts(run: Run, folder: Path, source: str, limit: int) -> bool:
