@@ -106,9 +106,17 @@ def test_requests_that_wait_are_scored_together(client: TestClient, light: Brigh
 
 def test_a_scorer_that_fails_does_not_end_the_service(client: TestClient) -> None:
     found = client.post("/score", json=body(13)).json()
-    assert found == {"scores": [{"light": None}], "reasons": [{"light": "RuntimeError: no luck"}]}
+    assert (found["scores"], found["reasons"]) == ([{"light": None}], [{"light": "RuntimeError: no luck"}])
     assert client.post("/score", json=body(14)).json()["scores"] == [{"light": 14.0}]
     assert "limner_failures_total 1\n" in client.get("/metrics").text
+
+
+def test_an_image_that_cannot_be_read_takes_nothing_from_the_others(client: TestClient) -> None:
+    images = [{"image": base64.b64encode(data).decode()} for data in (b"GIF89a", png(40), b"hello")]
+    found = client.post("/score", json={"images": images}).json()
+    assert found["scores"] == [{"light": None}, {"light": 40.0}, {"light": None}]
+    assert [r.get("light", "").partition(":")[0] for r in found["reasons"]] == ["image 0", "", "image 2"]
+    assert found["scorers"]["light"]["revision"] == Brightness.revision
 
 
 def test_bad_requests(client: TestClient, light: Brightness) -> None:

@@ -125,6 +125,8 @@ def dispatch(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     if not path:
         raise ValueError("which recipe? e.g. limner run recipes/figures/demo.yaml")
     if args.command == "figures":
+        if args.dry_run:
+            raise ValueError(f"--dry_run: figures {args.action} has none; parts that are made are kept, --print_config shows what it makes")
         if args.action == "hps":
             from limner.figures.hps import run_hps
 

@@ -41,9 +41,9 @@ RETRY_AFTER = 1  # seconds
 
 @dataclass
 class Item:
-    """An image that waits for its scores."""
+    """An image that waits for its scores; or why it cannot be read."""
 
-    picture: PIL.Image.Image
+    picture: PIL.Image.Image | str
     prompt: str
     result: Future[Result] = field(default_factory=Future)
 
@@ -114,15 +114,16 @@ class Batcher:
 
     def _score(self, batch: Sequence[Item]) -> None:
         began, results = time.monotonic(), [Result() for _ in batch]
+        pictures = {i: item.picture for i, item in enumerate(batch) if not isinstance(item.picture, str)}
         for scorer in self.scorers:
-            asked = [i for i, item in enumerate(batch) if item.prompt.strip() or not scorer.needs_prompt]
+            asked = [i for i in pictures if batch[i].prompt.strip() or not scorer.needs_prompt]
             try:
-                found = answers(scorer, [batch[i].picture for i in asked], [batch[i].prompt for i in asked]) if asked else []
+                found = answers(scorer, [pictures[i] for i in asked], [batch[i].prompt for i in asked]) if asked else []
             except Exception as error:  # the service goes on: an endpoint that is away, a device out of memory
                 found = [f"{type(error).__name__}: {error}"] * len(asked)
                 self.counts["failures"] += 1
-            for result in results:
-                result[scorer.name] = "there is no prompt"
+            for item, result in zip(batch, results):
+                result[scorer.name] = item.picture if isinstance(item.picture, str) else "there is no prompt"
             for i, value in zip(asked, found):
                 results[i][scorer.name] = value
         with self._lock:
@@ -144,6 +145,7 @@ def make_app(scorers: Sequence[Scorer], *, batch_size: int = 32, limit: int = 25
     """
     batcher = Batcher(scorers, batch_size, limit)
     statuses: Counter[int] = Counter()
+    about = {s.name: describe(s) for s in scorers}
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -174,11 +176,11 @@ def make_app(scorers: Sequence[Scorer], *, batch_size: int = 32, limit: int = 25
         reasons = [
             {n: v if isinstance(v, str) else f"the scorer gave {v}" for n, v in r.items() if isinstance(v, str) or v != v} for r in found
         ]
-        return JSONResponse({"scores": numbers, "reasons": reasons})
+        return JSONResponse({"scores": numbers, "reasons": reasons, "scorers": about})
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        return {"status": "ok", "waiting": batcher.size, "scorers": {s.name: describe(s) for s in scorers}}
+        return {"status": "ok", "waiting": batcher.size, "scorers": about}
 
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:
@@ -225,7 +227,24 @@ async def read_items(request: Request, max_bytes: int, limit: int) -> list[Item]
         raise ValueError("no images; send at least one")
     if len(pairs) > limit:
         raise TooLarge(f"{len(pairs)} images; the service takes at most {limit} at a time")
-    return await run_in_threadpool(lambda: [Item(decode(data, f"image {i}"), prompt) for i, (data, prompt) in enumerate(pairs)])
+    return await run_in_threadpool(decode_all, pairs)
+
+
+def decode_all(pairs: Sequence[tuple[bytes, str]]) -> list[Item]:
+    """Images with their prompts; what cannot be read keeps the others from nothing.
+
+    Raises:
+        ValueError: none can be read.
+    """
+    items = []
+    for i, (data, prompt) in enumerate(pairs):
+        try:
+            items.append(Item(decode(data, f"image {i}"), prompt))
+        except ValueError as error:
+            items.append(Item(str(error), prompt))
+    if all(isinstance(item.picture, str) for item in items):
+        raise ValueError(str(items[0].picture))
+    return items
 
 
 def read_json(body: bytes) -> list[tuple[bytes, str]]:
