@@ -20,7 +20,8 @@ def test_zscores_by_hand() -> None:
     """1, 3 have mean 2 and deviation 1; 10, 20, 30 have mean 20 and deviation sqrt(200/3); a lone score has nothing beside it."""
     found = normalise([1, 10, 3, 20, 30, 7], list("abbbbc"), "zscore")
     assert found[0] == 0 and found[5] == 0
-    found = normalise([1, 10, 3, 20, 30, 7], list("abaabb"), "zscore", within=False)
+    found = normalise([1, 10, 3, 20, 30, 7], list("abaabb"), "zscore_all")
+    assert found[1] == pytest.approx((10 - 71 / 6) / 10.155732, abs=1e-4)
     assert found.mean() == pytest.approx(0) and found.std() == pytest.approx(1)
     found = normalise([1, 10, 3, 20, 30], list("ababb"), "zscore")
     assert found.tolist() == pytest.approx([-1, -10 / (200 / 3) ** 0.5, 1, 0, 10 / (200 / 3) ** 0.5])
@@ -38,7 +39,7 @@ def test_ranks_by_hand() -> None:
 @given(arrays(np.float64, 12, elements=st.integers(-50, 50)), st.floats(0.01, 100), st.floats(-1000, 1000))
 def test_a_common_scale_knows_neither_unit_nor_offset(x: np.ndarray, unit: float, offset: float) -> None:
     groups = list("aaabbbbbcccc")
-    for how in ("zscore", "rank"):
+    for how in ("zscore", "rank", "zscore_all"):
         assert np.allclose(normalise(x * unit + offset, groups, how), normalise(x, groups, how), atol=1e-6)  # type: ignore[arg-type]
 
 
@@ -69,8 +70,6 @@ def test_every_image_left_out_is_dominated_by_one_kept(x: np.ndarray) -> None:
 def test_mistakes() -> None:
     with pytest.raises(ValueError, match="2 scores but 1 prompts"):
         normalise([1, 2], ["a"], "rank")
-    with pytest.raises(ValueError, match="rank: is within a prompt"):
-        normalise([1, 2], ["a", "a"], "rank", within=False)
     with pytest.raises(ValueError, match="weights: no score 'x'; there are a"):
         combine({"a": [1.0]}, ["p"], {"x": 1})
     with pytest.raises(ValueError, match="expected numbers of at least 0, one of them above 0"):

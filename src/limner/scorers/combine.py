@@ -13,37 +13,35 @@ from torch import Tensor
 
 from limner.scorers.protocol import Scorer
 
-Scale = Literal["zscore", "rank"]
+Scale = Literal["zscore", "rank", "zscore_all"]
 Floats = NDArray[np.float64]
 
 
-def normalise(values: ArrayLike, groups: Sequence[str], how: Scale, *, within: bool = True, higher_is_better: bool = True) -> Floats:
+def normalise(values: ArrayLike, groups: Sequence[str], how: Scale, *, higher_is_better: bool = True) -> Floats:
     """Scores of any scale to a common one, in which higher is better.
 
     Args:
         values: (n,) scores.
         groups: the prompt of each.
-        how: zscore (mean 0, deviation 1) or rank (0 the worst of its prompt, 1 the best, ties share their mean rank).
-        within: each prompt for itself, which scores that do not compare across prompts need; else z-scores over all.
+        how: zscore (mean 0, deviation 1) or rank (0 the worst of its prompt, 1 the best, ties share their mean rank), each prompt for
+            itself, which scores that do not compare across prompts need; or zscore_all, over the images of all prompts.
         higher_is_better: the direction of `values`.
 
     Returns:
         (n,), NaN where the score is missing. A prompt whose scores are all equal, or that has one, gets 0 (z-score) or 1/2 (rank).
 
     Raises:
-        ValueError: another number of groups than of values; ranks over all prompts.
+        ValueError: another number of groups than of values.
     """
     x = np.array(values, dtype=np.float64)
     if len(groups) != len(x):
         raise ValueError(f"{len(x)} scores but {len(groups)} prompts; expected one each")
-    if how == "rank" and not within:
-        raise ValueError("rank: is within a prompt; ranks over all prompts would compare scores that may not compare")
     x, out = x if higher_is_better else -x, np.full(len(x), np.nan)
-    names = np.array(groups if within else [""] * len(x))
+    names = np.array([""] * len(x) if how == "zscore_all" else groups)
     for name in np.unique(names):
         at = np.flatnonzero((names == name) & np.isfinite(x))
         if len(at):
-            out[at] = _zscore(x[at]) if how == "zscore" else _rank(x[at])
+            out[at] = _rank(x[at]) if how == "rank" else _zscore(x[at])
     return out
 
 
@@ -61,7 +59,7 @@ def combine(
     scores: Mapping[str, ArrayLike], groups: Sequence[str], weights: Mapping[str, float], how: Scale = "zscore",
     directions: Mapping[str, bool] | None = None,
 ) -> Floats:  # fmt: skip
-    """The weighted mean of several scores, each normalised within its prompt.
+    """The weighted mean of several scores, each normalised first.
 
     Args:
         scores: by name, (n,) each.

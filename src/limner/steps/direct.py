@@ -32,7 +32,8 @@ def score_parser() -> argparse.ArgumentParser:
     p.add_argument("--caption_column", default="", help="of tables (default: text, caption or prompt)")
     p.add_argument("--image_column", default="", help="of tables (default: image or file_name)")
     p.add_argument("--combine", nargs="+", default=[], metavar="NAME=WEIGHT", help="also columns `combined` and `pareto` of these scores")
-    p.add_argument("--combine_by", choices=["zscore", "rank"], default="zscore", help="the common scale, within each prompt")
+    p.add_argument("--combine_by", choices=("zscore", "rank", "zscore_all"), default="zscore",
+                   help="the common scale: z-scores or ranks within each prompt, or z-scores over all images (zscore_all)")  # fmt: skip
     p.add_argument("--batch_size", type=int, default=32)
     p.add_argument("--images_per_shard", type=int, default=256, help="how often work is saved")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps ...")

@@ -220,7 +220,11 @@ def train_stage(
     main = accelerator is None or accelerator.is_main_process
     draw = Draw(pairs, learn, seed, stage, accelerator.process_index if accelerator else 0, processes)
     per_step = learn.train_batch_size * learn.gradient_accumulation_steps * processes
-    write = _logger(folder / "log.jsonl", begin, per_step, len(pairs)) if main else (lambda step, metrics: None)
+    write = (
+        _logger(folder / "log.jsonl", begin, per_step, len(pairs), 2 if learn.loss == "dpo" else 1)
+        if main
+        else (lambda step, metrics: None)
+    )
 
     def record(step: int, metrics: Metrics) -> None:
         write(step, _average_metrics(metrics, accelerator) if processes > 1 else metrics)
@@ -272,14 +276,14 @@ def _average_metrics(metrics: Metrics, accelerator: Any) -> Metrics:
     return dict(zip(metrics, means.tolist()))
 
 
-def _logger(path: Path, begin: int, per_step: int, examples: int) -> Callable[[int, Metrics], None]:
+def _logger(path: Path, begin: int, per_step: int, examples: int, images: int) -> Callable[[int, Metrics], None]:
     """Append a line a step to `path`; lines from `begin` on, left by an interrupted run, are dropped first."""
     written = path.read_text().splitlines(keepends=True) if path.is_file() else []
     whole = [line for line in written if line.endswith("\n")]  # the last one may have been cut by a kill
     write_atomic(path, "".join(line for line in whole if json.loads(line)["step"] <= begin))
 
     def log(step: int, metrics: Metrics) -> None:
-        row = {"step": step, **metrics, "images_per_second": 2 * per_step / metrics["seconds"], "epoch": step * per_step / examples}
+        row = {"step": step, **metrics, "images_per_second": images * per_step / metrics["seconds"], "epoch": step * per_step / examples}
         row["peak_memory_mb"] = peak_memory()
         with path.open("a") as f:
             f.write(json.dumps({k: round(v, 8) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
