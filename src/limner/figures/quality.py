@@ -40,7 +40,7 @@ SAMPLER = Sampler(num_inference_steps=16, guidance_scale=2.0, batch_size=50)
 
 def base_samples(pipeline: Pipeline, prompts: Sequence[Prompt], seed: int) -> Tensor:
     """One sample of each caption, (N, 3, 64, 64) in [0, 1]. Those labelled were of the first 200 of validation (seed 7) and of
-    training numbers 0 to 799 (seed 8) and 800 to 1099 and 1400 to 1699 (seed 50)."""
+    training numbers 0 to 799 (seed 8) and 800 to 1999 (seed 50)."""
     requests = [Request(Prompt(id=p.id, text=p.text), 0, 64, 64) for p in prompts]
     return torch.stack([pixels for pixels, _ in sample(pipeline, requests, SAMPLER, seed)])
 

@@ -276,11 +276,17 @@ def ship(world: World) -> None:
     pipe = DiffusionPipeline.from_pretrained(_folder(world, "base/pipeline")).to(torch.float16)
     shutil.rmtree(target / "base", ignore_errors=True)
     pipe.save_pretrained(target / "base")
+    _load_in_float32(target / "base/text_encoder/config.json")
     for part in ("preference", "judge", "reader", "rater_reader"):
         shutil.rmtree(target / part, ignore_errors=True)
         shutil.copytree(_folder(world, f"{part}/model"), target / part)
     size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file()) / 2**20
     print(f"wrote {target}: {size:.1f} MB")
+
+
+def _load_in_float32(config: Path) -> None:
+    """transformers loads weights in the type that their config names, diffusers in float32: a pipeline of both must agree."""
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
 
 
 def measure_world(world: World) -> None:
