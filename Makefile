@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-# where PyPI's torch brings gigabytes of CUDA; empty for that one
+# On Linux the CPU build of torch (PyPI's brings gigabytes of CUDA); `make TORCH_INDEX=` takes PyPI's.
 TORCH_INDEX ?= $(if $(filter Linux,$(shell uname -s)),https://download.pytorch.org/whl/cpu)
 
 .PHONY: setup demo test test-slow check world clean

@@ -102,6 +102,11 @@ def test_what_chose_the_examples_is_circular(tmp_path):
     assert found(both, "judge") == {"judge"}
     assert found({**both, "again": both["judge"]}, "again") == {"judge"}
     assert found({**both, "both": {"kind": "sum", "of": {"picker": 1.0, "judge": 1.0}}}, "both") == {"preference", "judge"}
+    # other kinds and names of the same weights; a sum that measures; parts of the embedded world, told apart by the scorer's name
+    assert found({**both, "again": {"kind": "pickscore", "path": "judge"}}, "again") == {"judge"}
+    assert found({**both, "sum": {"kind": "sum", "of": {"picker": 1.0}}}, "picker", preference="sum") == {"preference"}
+    embedded = {"preference": {"kind": "dual", "path": "figures"}, "judge": {"kind": "dual", "path": "figures"}}
+    assert found({**both, **embedded}, "preference", preference="preference", judge="judge") == {"preference"}
     readers = {"sound": {"kind": "soundness", "path": "reader"}, "reader": {"kind": "reader", "path": "reader"}}
     read = {"frechet", "frechet_ratio", "attribute_accuracy", "joint_plausibility", "defect_rate", "diversity"}
     assert found({**both, **readers}, "sound", reader="reader") == read

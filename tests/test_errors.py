@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -196,13 +198,21 @@ def test_a_truncated_shard(pooled: World) -> None:
     shard = pooled.out / "pool/part-00001.parquet"
     shard.write_bytes(shard.read_bytes()[:-100])
     message = pooled.fails("score")
-    assert f"{shard} is damaged (its checksum differs); delete it with its .sha256 and run the step again" in message
+    assert f"{shard} is damaged (" in message
+    assert "delete it with its .sha256 and run the step again" in message
+    pq.write_table(pa.table({"text": ["a man"]}), shard)  # whole, but another
+    assert f"{shard} is damaged (its checksum differs); delete it with its .sha256 and run the step again" in pooled.fails("score")
 
 
 def test_a_truncated_shard_of_prompts(pooled: World) -> None:
     shard = pooled.out / "prompts/train/part-00000.parquet"
     shard.write_bytes(shard.read_bytes()[:-100])
     assert f"{shard} is damaged (" in pooled.fails("reconstruct")
+    whole = pooled.out / "prompts/train/part-00000.parquet.sha256"
+    for file in (shard, whole):
+        file.unlink()
+    assert pooled.run("reconstruct") == 0, "as the message says: the shard is made again"
+    assert shard.is_file() and whole.is_file()
 
 
 def test_a_lora_for_another_model(world: World) -> None:

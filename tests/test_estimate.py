@@ -43,15 +43,15 @@ def test_images_for_diversity_are_drawn_where_something_measures_it(tmp_path: Pa
 
 
 def test_grids_of_samples_take_time(tmp_path: Path) -> None:
-    """Two steps, a grid after each: 3 rows of 8 pictures, each of 2 steps with guidance, in training that would take 2 calls of 5 s."""
+    """Two steps of 5 s, a grid after each, or one at the end: 3 or 2 rows of 8 pictures, each of 2 steps with guidance."""
     costs = Costs(1.0, {"easy": 5.0, "normal": 5.0, "hard": 5.0}, 0.5, {"picker": 0.1, "judge": 0.2}, 1, 1, {"sample": 1.0},
                   {"easy": 1, "normal": 1, "hard": 1})  # fmt: skip
     seconds = []
-    for steps in (0, 1):
+    for steps in (0, 1, 5):
         run = Run(load_recipe(write_recipe(tmp_path), [f"--stages.easy.learn.sample_steps={steps}"]))
         lines = {line.step: line for line in priced(run, plan(run, Counts(6, 6, 16, 16)), costs)}
         seconds.append(lines["train easy"].seconds)
-    assert seconds == [10.0, 10.0 + 3 * 8 * (2 * 2 * 1.0 + 0.5)]
+    assert seconds == [10.0, 10.0 + 3 * 8 * (2 * 2 * 1.0 + 0.5), 10.0 + 2 * 8 * (2 * 2 * 1.0 + 0.5)]
     assert lines["score"].seconds == pytest.approx(36 * 0.1)
     assert lines["evaluate"].seconds == pytest.approx(30 * 0.3)
 

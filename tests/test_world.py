@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -21,6 +22,7 @@ from limner.scorers import dual
 from limner.scorers.reader import load_reader
 
 ROOT = Path(__file__).parent.parent
+TAKEN = "a man in a red shirt"  # of a scorer's pictures and of a test picture
 SMALL = {
     "autoencoder_steps": "[1,1]", "base_steps": 2, "batch_size": 4, "scorer_steps": 2, "judge_steps": 2, "reader_steps": "[1,1]",
     "rater_reader_steps": "[2]", "counts.train": 8, "counts.validation": 2, "counts.test": 2, "counts.scorer": 16, "counts.judge": 16,
@@ -34,6 +36,10 @@ def test_the_recipe_makes_the_world(tmp_path: Path) -> None:
     parts = ["images", "autoencoder", "base", "preference", "judge", "reader", "rater_reader", "ship"]
     words = ["figures", "make", "--config", str(ROOT / "recipes/figures/world.yaml"), "--only", f"[{','.join(parts)}]"]
     words += [w for key, value in options.items() for w in (f"--{key}", str(value))]
+    assert main([w if w != f"[{','.join(parts)}]" else "[images]" for w in words]) == 0
+    folder = tmp_path / "world/images"
+    for split in ("scorer", "test"):
+        _say(folder / split, TAKEN)
     assert main(words) == 0
     made = {p: p.stat().st_mtime_ns for p in (tmp_path / "world").rglob("*.safetensors")}
     assert main(words) == 0
@@ -42,11 +48,28 @@ def test_the_recipe_makes_the_world(tmp_path: Path) -> None:
     rows = {s: pq.read_table(ship / f"{s}.parquet").to_pylist() for s in ("train", "validation", "test")}
     assert {s: len(r) for s, r in rows.items()} == {"train": 8, "validation": 2, "test": 2}
     assert {m.dtype for m in DiffusionPipeline.from_pretrained(ship / "base").components.values() if hasattr(m, "dtype")} == {torch.float32}
+    learned = {p for split in ("scorer", "judge") for p in _prompts(folder / split)}
+    assert TAKEN in learned
+    assert not learned & {r["prompt"] for split in rows.values() for r in split}
     assert load_pipeline(str(ship / "base")).latent_shape(64, 64) == (4, 16, 16)
     read = load_reader(ship / "reader").read(torch.rand(1, 3, 64, 64))
     assert set(read.attributes) >= set(json.loads(rows["test"][0]["truth"])["claimed"])
     for name in ("preference", "judge"):
         assert dual.load_scorer(ship / name, name)(torch.rand(1, 3, 64, 64), ["a man"]).isfinite().all()
+
+
+def _prompts(folder: Path) -> list[str]:
+    return [
+        p for path in sorted(folder.glob("part-*.parquet")) for p in pq.read_table(path, columns=["prompt"]).column("prompt").to_pylist()
+    ]
+
+
+def _say(folder: Path, caption: str) -> None:
+    """Let the first picture of a split have a caption."""
+    path = next(iter(sorted(folder.glob("part-*.parquet"))))
+    table = pq.read_table(path)
+    prompts = [caption, *table.column("prompt").to_pylist()[1:]]
+    pq.write_table(table.set_column(table.column_names.index("prompt"), "prompt", pa.array(prompts)), path)
 
 
 def test_a_caption_that_is_taken_is_worded_anew() -> None:
@@ -60,6 +83,8 @@ def test_a_caption_that_is_taken_is_worded_anew() -> None:
     before = dict(row)
     reword(row, taken)
     assert row == before
+    with pytest.raises(ValueError, match="train-7: every wording of its caption is taken"):
+        reword({**row, "id": "train-7"}, {describe(attributes, seed).text for seed in range(1000)})
 
 
 def test_plain_diffusers_loads_the_embedded_base() -> None:

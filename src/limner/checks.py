@@ -6,6 +6,7 @@ import warnings
 
 from limner.recipe import BASE, Recipe, Source, Stage
 
+CLIPS = ("clip", "clip_cosine", "clip_score", "clip_score_w", "hps_v1", "hps_v2", "hps_v2_1", "pickscore")  # whose images are vectors
 SOURCES = ("pool", "reconstruction", "real", "feedback")  # of a winner or loser; further ones are earlier stages
 
 
@@ -50,6 +51,10 @@ def check(recipe: Recipe) -> None:
     for key in ("preference", "judge", "reader", "features"):
         if (scorer := getattr(recipe.evaluate, key)) and scorer not in recipe.scorers:
             raise ValueError(f"evaluate.{key}: no scorer {scorer!r} under scorers ({', '.join(recipe.scorers) or 'none'})")
+    if (features := recipe.evaluate.features) and (kind := recipe.scorers[features].kind) not in CLIPS:
+        raise ValueError(f"evaluate.features: {features} is of kind {kind}; expected one of {', '.join(CLIPS)}")
+    if features and recipe.evaluate.reader:
+        warnings.warn("evaluate.features: ignored; the reader has its own", stacklevel=2)
 
 
 def _check_learn(at: str, stage: Stage, recipe: Recipe) -> None:

@@ -5,6 +5,7 @@ Nothing is written. Time is what this machine would take, alone on it; memory is
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -230,7 +231,8 @@ def priced(run: Run, lines: Sequence[Line], costs: Costs) -> list[Line]:
             micro = learn.max_train_steps * learn.gradient_accumulation_steps
             weights = 4 * costs.parameters[name]  # a checkpoint has them and two moments, the result has them in two namings
             disk = weights * (3 * learn.checkpoints_total_limit + 2)
-            grids = 1 + learn.max_train_steps // learn.sample_steps if learn.sample_steps else 0  # the first one has the base's row
+            # one is also drawn at the last step; the first has the base's row as well
+            grids = 1 + math.ceil(learn.max_train_steps / learn.sample_steps) if learn.sample_steps else 0
             drawn = GRID * grids * (sampling_steps(r) * branches * costs.call + costs.image)
             result.append(replace(line, seconds=micro * costs.train[name] + drawn, memory=memory, disk=disk))
         elif kind in ("score", "evaluate"):

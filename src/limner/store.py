@@ -135,8 +135,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a finished step lies there."""
-    return (folder / "manifest.json").is_file() and bool(read_manifest(folder).get("complete"))
+    """Whether a finished step lies there, with every shard that it wrote."""
+    if not (folder / "manifest.json").is_file():
+        return False
+    manifest = read_manifest(folder)
+    return bool(manifest.get("complete")) and all(_checksum_file(folder / name).is_file() for name in manifest.get("shards", {}))
 
 
 def input_hash(folder: Path) -> str:
@@ -170,6 +173,18 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
         return pq.read_table(path, columns=columns)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} cannot be read as parquet ({error})") from error
+
+
+def read_column(path: Path, name: str) -> list[Any]:
+    """The values of one column of a shard, whose other columns and checksum are not read.
+
+    Raises:
+        ValueError: the file is truncated; names it and says what to do.
+    """
+    try:
+        return pq.read_table(path, columns=[name]).column(name).to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it with its .sha256 and run the step again") from error
 
 
 def read_rows(folder: Path, kind: type[Row], columns: list[str] | None = None) -> Iterator[Row]:

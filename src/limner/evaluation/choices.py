@@ -168,6 +168,7 @@ def evaluate_choices(config: EvaluateScorers, scorers: Sequence[Scorer], seen: M
     held_out: tuple[list[Choice], Scores] | None = None
     if config.validation:
         other = Choices(Path(config.validation), images=images)
+        count_long(scorers, (row.text for row in other.rows))
         held_out = (other.rows, score_choices(other, scorers))
     out: dict[str, Any] = {"rows": len(choices), "tie_policy": config.tie_policy, "average": config.average, "seed": config.seed}
     about = {s.name: {**describe(s), "prompts_cut": cut.get(s.name, 0)} for s in scorers}

@@ -31,6 +31,7 @@ from limner.scorers.objective import NewDual, TrainScorer
 from limner.store import is_complete, open_step, read_table, shards
 
 REAL, UNSEEN = "real", "few_steps"  # not among the training choices
+TASTES = ("plausibility", "alignment", "aesthetics")  # of `latent.qualities`
 SHARD = 50
 Row = dict[str, Any]
 Paint = Callable[[Sequence[Row]], dict[tuple[str, int], Tensor]]  # rows of a split to (generator, k): pictures (n, 3, H, W)
@@ -46,8 +47,8 @@ class Hps:
     Args:
         output_dir: every part is written below it.
         seed: of everything.
-        world: the output folder of `limner figures make`: pictures and autoencoder.
-        base: the pipeline late in training; figures/base is the embedded one.
+        world: the output folder of `limner figures make`: pictures.
+        base: the pipeline late in training, whose autoencoder all use; figures/base is the embedded one.
         early: the pipeline early in training ("" = trained here).
         early_steps: of the base model trained here.
         raters: the reader whose eyes people see with.
@@ -96,8 +97,8 @@ def hidden_quality(config: Hps, candidate: Row) -> float:
     Raises:
         ValueError: a weight of something that is no latent quality.
     """
-    if unknown := [name for name in config.taste if name not in candidate]:
-        raise ValueError(f"taste: {', '.join(unknown)} unknown; expected plausibility, alignment, aesthetics")
+    if unknown := [name for name in config.taste if name not in TASTES]:
+        raise ValueError(f"taste: {', '.join(unknown)} unknown; expected some of {', '.join(TASTES)}")
     return sum(weight * float(candidate[name]) for name, weight in config.taste.items())
 
 
@@ -140,7 +141,7 @@ def early_pipeline(config: Hps) -> Path:
     if not done.is_dir():
         rows = world_rows(config, "train", ["image", "prompt"])
         images = (pixels([r["image"] for r in rows]) * 255).byte().permute(0, 2, 3, 1).numpy()
-        autoencoder = AutoencoderKL.from_pretrained(Path(config.world) / "autoencoder/model")
+        autoencoder = AutoencoderKL.from_pretrained(resolve(config.base) / "vae")
         pipe = train_base(
             images, [r["prompt"] for r in rows], autoencoder, done.parent, max_train_steps=config.early_steps, seed=config.seed + 5
         )

@@ -25,7 +25,19 @@ from torch import Tensor
 from limner import seeds
 from limner.config import build, dump, read_yaml, to_dict
 from limner.figures import fitting
-from limner.figures.candidates import REAL, Hps, Row, hidden_quality, make_images, observer, painter, pixels, read_candidates, world_rows
+from limner.figures.candidates import (
+    REAL,
+    TASTES,
+    Hps,
+    Row,
+    hidden_quality,
+    make_images,
+    observer,
+    painter,
+    pixels,
+    read_candidates,
+    world_rows,
+)
 from limner.figures.choosers import choose
 from limner.recipe import ScorerSpec
 from limner.records import Choice
@@ -40,6 +52,7 @@ def run_hps(path: Path, overrides: Sequence[str], *, print_config: bool = False)
         ValueError: unknown keys, or a part of the world that is not made yet.
     """
     config = build(Hps, read_yaml(path), overrides, str(path))
+    hidden_quality(config, dict.fromkeys(TASTES, 0.0))  # mistakes in `taste` before hours of drawing
     if print_config:
         print(dump(config))
         return 0

@@ -11,7 +11,6 @@ import io
 import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -83,11 +82,15 @@ def draw(split: str, start: int, stop: int, *, seed: int = 0, size: int = 64, de
 
 
 def reword(row: dict[str, Any], taken: Collection[str]) -> None:
-    """Give a row of `row` another caption where its own is among those taken; swapped captions are as they were."""
-    attributes = json.loads(row["attributes"])
-    for seed in count():
-        if row["prompt"] not in taken:
-            return
+    """Give a row of `row` another caption where its own is among those taken; swapped captions are as they were.
+
+    Raises:
+        ValueError: every wording is taken.
+    """
+    attributes, seeds = json.loads(row["attributes"]), iter(range(1000))
+    while row["prompt"] in taken:
+        if (seed := next(seeds, None)) is None:
+            raise ValueError(f"{row['id']}: every wording of its caption is taken")
         caption = describe(attributes, seed)
         row["prompt"], row["claimed"] = caption.text, sorted(caption.attributes)
 

@@ -27,7 +27,7 @@ A LoRA for the UNet of `{{ base_name }}`, trained with [Limner](https://github.c
 ```python
 from diffusers import StableDiffusionPipeline
 
-pipe = StableDiffusionPipeline.{{ loads }}("{{ base_name }}")
+pipe = StableDiffusionPipeline.{{ loads }}("{{ path }}")
 pipe.load_lora_weights("path/to/this/folder", adapter_name="{{ stage }}")
 {%- if strength %}
 pipe.set_adapters("{{ stage }}", {{ strength }})  # as it was evaluated
@@ -93,7 +93,8 @@ def write_card(
     card = ModelCard.from_template(
         data,
         template_str=TEMPLATE,
-        base_name="train/base/model" if tuned else shown,
+        base_name=shown,
+        path="train/base/model" if tuned else shown,
         loads="from_pretrained" if tuned or not shown.endswith(SINGLE_FILES) else "from_single_file",
         tuned=shown if tuned else "",
         strength=_strength(scale, blocks),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,35 +44,37 @@ def write_prompts(
     """
     config = {**prompts_config(data, source, seed), "rows": len(prompts)}
     step = open_step(folder, "prompts", config, {"texts": f"{seeds.seed_of(*[p.text for p in prompts]):016x}"})
-    buckets = bucket_sizes(data.resolution, data.aspect_buckets)
-
-    def cut(prompt: Prompt) -> Prompt:
-        if prompt.image is None:
-            return prompt
-        try:
-            picture = decode(prompt.image, "the image")
-        except ValueError as error:
-            raise ValueError(f"{where(prompt.id)}: {error}") from error
-        width, height = choose_bucket(picture.size, buckets)
-        if picture.size == (width, height) and prompt.image.startswith(b"\x89PNG"):
-            return prompt
-        rng = np.random.default_rng(seeds.seed_of(seed, "crop", prompt.id))
-        try:
-            fitted = fit_to(picture, width, height, data.crop, rng)
-        except ValueError as error:
-            raise ValueError(f"{where(prompt.id)}: {error}") from error
-        return Prompt(id=prompt.id, text=prompt.text, split=prompt.split, image=encode_png(to_tensor(fitted)), truth=prompt.truth)
 
     def work(_: int, part: Sequence[Prompt], progress: Progress) -> dict[str, pa.Table]:
         rows = []
         for prompt in part:
-            rows.append(cut(prompt))
+            try:
+                rows.append(cut(prompt, data, seed))
+            except ValueError as error:
+                raise ValueError(f"{where(prompt.id)}: {error}") from error
             progress(1)
         return {"part": to_table(Prompt, rows)}
 
     tasks = [prompts[i : i + per_shard] for i in range(0, len(prompts), per_shard)]
     if run_shards(step, tasks, work, units=len, name=f"prompts {folder.name}"):
         step.finish({"prompts": len(prompts), "limit": limit, "with_image": sum(p.image is not None for p in prompts)})
+
+
+def cut(prompt: Prompt, data: Data, seed: int) -> Prompt:
+    """A prompt with its real image, if it has one, cut to the training size of its aspect bucket.
+
+    Raises:
+        ValueError: the image cannot be read, or not be cut.
+    """
+    if prompt.image is None:
+        return prompt
+    picture = decode(prompt.image, "the image")
+    width, height = choose_bucket(picture.size, bucket_sizes(data.resolution, data.aspect_buckets))
+    if picture.size == (width, height) and prompt.image.startswith(b"\x89PNG"):
+        return prompt
+    rng = np.random.default_rng(seeds.seed_of(seed, "crop", prompt.id))
+    fitted = fit_to(picture, width, height, data.crop, rng)
+    return replace(prompt, image=encode_png(to_tensor(fitted)))
 
 
 def make_pool(

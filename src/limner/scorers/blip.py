@@ -247,7 +247,7 @@ class BlipScorer:
         limit, rows = self.model.reward.tokens, dict[str, list[int]]()
         for text in dict.fromkeys(prompts):
             rows[text] = self.tokenizer(text, truncation=False, verbose=False).input_ids
-        self.reads.warn(sum(len(r) > limit for r in rows.values()), len(rows), stacklevel=5)
+        self.reads.warn(prompts, stacklevel=5)
         rows = {t: r if len(r) <= limit else [*r[: limit - 1], r[-1]] for t, r in rows.items()}
         longest = max(map(len, rows.values()))
         padded = torch.tensor([rows[t] + [0] * (longest - len(rows[t])) for t in prompts])

@@ -155,8 +155,10 @@ class ClipScorer:
         if self._how.pair:
             texts = list(self._how.pair)
         elif self.needs_prompt:
-            texts = [self._how.prefix + p for p in checked_prompts(self.name, self.metric, prompts, len(images))]
-        text = self.tower.encode_texts(texts, self.reads) if texts else None
+            checked = checked_prompts(self.name, self.metric, prompts, len(images))
+            self.reads.warn(checked, stacklevel=4)
+            texts = [self._how.prefix + p for p in checked]
+        text = self.tower.encode_texts(texts) if texts else None
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             return self._score(self.tower.encode_images(images, differentiable), text).float()
 

@@ -150,9 +150,9 @@ class DualScorer:
         """As `Scorer`; images of another size are resized as pictures are."""
         check_images(images)
         size = self.model.config.size
-        if images.shape[-2:] != (size, size):
-            images = pixels_of([Image.fromarray(p) for p in to_uint8(images)], size)
-        return self._scores(images, prompts)
+        right = images.shape[-2:] == (size, size)
+        pixels = images if right else pixels_of([Image.fromarray(p) for p in to_uint8(images)], size)
+        return self._scores(pixels, prompts).to(images.device)
 
     def score_pictures(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
         """As `PictureScorer`: sizes may differ within a batch."""
@@ -162,13 +162,13 @@ class DualScorer:
     def _scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         text = self._encode(checked_prompts(self.name, self.metric, prompts, len(images)))
         seen = self.model.encode_images(images.float().to(text.device))
-        return ((seen * text).sum(1) * self.model.scale).to(images.device)
+        return (seen * text).sum(1) * self.model.scale
 
     def _encode(self, texts: Sequence[str]) -> Tensor:
         """Texts to unit vectors (B, D); each is encoded once, and alone, so that batch mates cannot change a digit."""
         found = {t: self._texts[t] for t in texts if t in self._texts}
         new = [t for t in dict.fromkeys(texts) if t not in found]
-        self.reads.warn(self.reads.longer(new), len(new), stacklevel=5)
+        self.reads.warn(new, stacklevel=5)
         for text in new:
             vector = self.model.encode_tokens(tokenize(self.tokenizer, [text]).to(self.model.log_scale.device))[0]
             found[text] = self._texts[text] = vector

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -79,7 +80,7 @@ def score_files(
 
     Args:
         weights: of the scorers that make `combined` and `pareto` of scores.csv; they may change from run to run.
-        scale: that the scores are brought to within each prompt.
+        scale: that the scores are brought to, within each prompt or over all.
 
     Returns:
         Whether every shard, other processes' included, is finished; the manifest and scores.csv are then written.
@@ -93,6 +94,8 @@ def score_files(
         total, prompted = total + 1, prompted + bool(image.text)
         texts.add(image.text)
     check_prompts(scorers, prompted, source.path)
+    if scale == "zscore_all" and (within := [s.name for s in scorers if (weights or {}).get(s.name) and not s.comparable_across_prompts]):
+        warnings.warn(f"zscore_all: {', '.join(within)} tell which image of a prompt is better, not which prompt went well", stacklevel=2)
     if weights:  # mistakes in them before the work, not behind it
         combine({s.name: [] for s in scorers}, [], weights)
     config = {

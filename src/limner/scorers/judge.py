@@ -52,7 +52,7 @@ class Template:
 def _final(label: str, value: str, text: str) -> list[str]:
     """The values of the lines, or last sentences of lines, that say `label: value` and nothing else, whatever their emphasis.
 
-    None at all if the label also comes with a value in another way: `4 to 5`, `4/10`, `not better: tie`.
+    Empty if the label also comes with a value in another way: `4 to 5`, `4/10`, `not better: tie`.
     """
     said = re.findall(rf"(?:^|[.!?]\s+)[*_#\s]*{label}[*_\s]*:[*_\s]*{value}[*_.\s]*$", text, re.IGNORECASE | re.MULTILINE)
     near = re.findall(rf"{label}[*_\s]*:[*_\s]*{value}", text, re.IGNORECASE)

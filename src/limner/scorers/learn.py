@@ -72,8 +72,7 @@ def train_scorer(config: TrainScorer, learner: Learner, *, revision: str) -> Pat
     names = choose_parameters(
         learner, vision_layers=config.vision_layers, text_layers=config.text_layers, train_scale=config.train_scale
     )  # fmt: skip
-    texts = {choices.rows[i].text for i in chosen}
-    learner.reads.warn(learner.reads.longer(texts), len(texts), for_good=True)
+    learner.reads.warn(choices.rows[i].text for i in chosen)
     print(f"train {out.name}: {len(chosen)} of {len(choices)} rows, {len(names)} tensors train, loss {config.loss}")
     device = torch.device(_device(config.device))
     learner.model.to(device)

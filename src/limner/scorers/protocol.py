@@ -50,32 +50,32 @@ class Reads:
 
     def __init__(self, limit: int, length: Callable[[str], int]):
         """length: tokens of a text."""
-        self.limit, self._length, self._told = limit, length, False
+        self.limit, self._length, self._counted = limit, length, set[str]()
 
     def longer(self, prompts: Iterable[str]) -> int:
         """How many distinct prompts are longer than that."""
         return sum(self._length(p) > self.limit for p in set(prompts))
 
-    def warn(self, long: int, of: int, who: str = "the scorer", stacklevel: int = 2, *, for_good: bool = False) -> None:
-        """Say that prompts are cut; for_good: and never again, all were counted."""
-        if long and not self._told:
-            message = f"{long} of {of} prompts are longer than the {self.limit} tokens that {who} reads; their ends are cut"
+    def warn(self, prompts: Iterable[str], who: str = "the scorer", stacklevel: int = 2) -> None:
+        """Say how many prompts are cut; of those that were counted before nothing is said again."""
+        new = set(prompts) - self._counted
+        self._counted |= new
+        if long := self.longer(new):
+            message = f"{long} of {len(new)} prompts are longer than the {self.limit} tokens that {who} reads; their ends are cut"
             warnings.warn(message, stacklevel=stacklevel + 1)
-        self._told |= for_good
 
 
 def count_long(scorers: Iterable[Any], prompts: Iterable[str]) -> dict[str, int]:
-    """Of each scorer that cuts any of the distinct prompts how many; each warns here, once, and not at every batch.
+    """Of each scorer (of a sum: of its parts) that cuts any of the distinct prompts how many.
 
     Warns:
-        UserWarning: the count.
+        UserWarning: the count; here, and not again at every batch.
     """
     distinct, found = set(prompts), dict[str, int]()
-    for scorer in scorers:
-        reads = getattr(scorer, "reads", None)
-        if reads is not None and scorer.needs_prompt and (long := reads.longer(distinct)):
+    for scorer in (part for s in scorers for part in getattr(s, "parts", [s])):
+        if scorer.needs_prompt and (reads := getattr(scorer, "reads", None)) and (long := reads.longer(distinct)):
             found[scorer.name] = long
-            reads.warn(long, len(distinct), scorer.name, 2, for_good=True)
+            reads.warn(distinct, scorer.name)
     return found
 
 

@@ -231,7 +231,7 @@ async def read_items(request: Request, max_bytes: int, limit: int) -> list[Item]
 
 
 def decode_all(pairs: Sequence[tuple[bytes, str]]) -> list[Item]:
-    """Images with their prompts; what cannot be read keeps the others from nothing.
+    """Images with their prompts; an unreadable image does not fail the others.
 
     Raises:
         ValueError: none can be read.

@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from limner.images import in_threads, resize_tensor, to_uint8
-from limner.scorers.protocol import Reads
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CACHED_TEXTS = 50_000  # of 4 KB at most
@@ -93,30 +92,22 @@ class ClipTower:
         return list(self.tokenizer(text, truncation=False, verbose=False).input_ids)
 
     @torch.no_grad()
-    def encode_texts(self, texts: Sequence[str], reads: Reads) -> Tensor:
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Texts to unit vectors (B, D); one that was seen before is not encoded again.
 
         A text is encoded alone and unpadded: what stands behind the end token never reaches it, most texts are far shorter than the
         context, and so neither batch mates nor what the cache holds (after a restart: less) can change a digit.
-
-        Args:
-            reads: of the scorer; it warns.
-
-        Warns:
-            UserWarning: how many of the new texts are longer than the context; they are cut.
+        Texts longer than the context lose their ends.
         """
         new = [t for t in dict.fromkeys(texts) if t not in self._texts]
         found = {t: self._texts[t] for t in texts if t in self._texts}
-        long = 0
         for text in new:
             ids = self.tokens(text)
-            long += len(ids) > self.context
             ids = ids if len(ids) <= self.context else [*ids[: self.context - 1], ids[-1]]
             vector = _vector(self.model.get_text_features(input_ids=torch.tensor([ids], device=self.device)))
             found[text] = self._texts[text] = F.normalize(vector, dim=-1)[0]
             if len(self._texts) > CACHED_TEXTS:
                 self._texts.pop(next(iter(self._texts)))  # the oldest
-        reads.warn(long, len(new), stacklevel=4)  # the scorer's caller; no_grad is a frame as well
         return torch.stack([found[t] for t in texts])
 
     def check_tokenizer(self, where: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, cast
 
 from limner.config import dump
 from limner.steps.make import prompts
@@ -14,6 +15,7 @@ from limner.store import write_atomic
 if TYPE_CHECKING:
     from limner.evaluation.measure import Look
     from limner.records import Prompt, Score
+    from limner.scorers.clip import ClipScorer
     from limner.scorers.reader import FigureReader
 
 DIVERSITY_SEEDS = 4
@@ -45,11 +47,13 @@ def evaluate(run: Run) -> dict[str, Any]:
     from limner.evaluation.distances import principal_components
     from limner.evaluation.measure import measure_images, measure_real
     from limner.records import Image, Prompt
+    from limner.scorers.protocol import count_long
     from limner.store import read_rows
 
     e, split, reader = run.recipe.evaluate, run.recipe.evaluate.split, run.reader()
     prompts = {p.id: p for p in read_rows(run.out / "prompts" / split, Prompt)}
     scorers = {role: run.scorers[n] for role in ("preference", "judge") if (n := getattr(e, role))}
+    count_long(scorers.values(), (p.text for p in prompts.values()))
     look = look_of(run, reader)
     measured = []
     for model in ["base", *run.compared]:
@@ -72,48 +76,41 @@ def evaluate(run: Run) -> dict[str, Any]:
 
 
 def look_of(run: Run, reader: FigureReader | None) -> Look | None:
-    """What Fréchet distance and diversity look with: the reader, else the CLIP that the recipe names, else nothing.
-
-    Raises:
-        ValueError: the scorer that it names has no CLIP tower.
-    """
+    """What Fréchet distance and diversity look with: the reader, else the CLIP that the recipe names, else nothing."""
     from limner.evaluation.measure import clip_look, reader_look
-    from limner.scorers.clip import ClipScorer
 
-    if reader is not None:
-        return reader_look(reader)
-    if not (name := run.recipe.evaluate.features):
-        return None
-    if not isinstance(scorer := run.scorers[name], ClipScorer):
-        raise ValueError(
-            f"evaluate.features: {name} is of kind {run.recipe.scorers[name].kind}; expected clip, pickscore or one of the HPS"
-        )
-    return clip_look(scorer)
+    name = run.recipe.evaluate.features
+    return reader_look(reader) if reader is not None else clip_look(cast("ClipScorer", run.scorers[name])) if name else None
 
 
 def circular(run: Run) -> set[str]:
-    """The metrics of `evaluate` that a scorer or reader measures which chose training examples: they are better than what they show."""
-    e, specs, selectors = run.recipe.evaluate, run.recipe.scorers, run.selectors
-    chose = [specs[n] for n in selectors]  # under whatever name
-    found = {role for role in ("preference", "judge") if (n := getattr(e, role)) and specs[n] in chose}
-    if not e.reader and e.features and specs[e.features] in chose:
-        found |= {"frechet", "frechet_ratio", "diversity"}
-    if e.reader:
-        looked = {resolve(specs[n].path, n) for n in selectors if specs[n].kind in ("attributes", "soundness")}
-        if resolve(specs[e.reader].path, e.reader) in looked:
-            found |= {"frechet", "frechet_ratio", "attribute_accuracy", "joint_plausibility", "defect_rate", "diversity"}
-    return found
+    """The metrics of `evaluate` that weights measure which chose training examples: they are better than what they show."""
+    e = run.recipe.evaluate
+    chose = set().union(*(weights_of(run, name) for name in run.selectors))
+    looks = {"frechet", "frechet_ratio", "diversity"}
+    reads = looks | {"attribute_accuracy", "joint_plausibility", "defect_rate"}
+    measured = {"preference": {"preference"}, "judge": {"judge"}, "reader": reads, "features": set() if e.reader else looks}
+    found = [metrics for role, metrics in measured.items() if (name := getattr(e, role)) and weights_of(run, name) & chose]
+    return set().union(*found)
+
+
+def weights_of(run: Run, name: str) -> set[tuple[str, str]]:
+    """What tells the weights of a scorer from others, whatever its kind: where they lie, or the endpoint's model; of a sum all."""
+    spec = run.recipe.scorers[name]
+    if spec.kind == "sum":
+        return set().union(*(weights_of(run, part) for part in spec.of))
+    return {(spec.path if spec.kind == "judge" else str(resolve(spec.path, name)), spec.model)}
 
 
 def _other_real(run: Run, split: str, used: set[str], n: int) -> list[Prompt]:
-    """n real images of the split that no evaluated prompt belongs to: what real is compared with."""
-    from limner.inputs import read_prompts
-    from limner.records import Prompt
+    """n real images of the split that no evaluated prompt belongs to, cut as those are: what real is compared with."""
+    from limner.inputs import iter_prompts
+    from limner.pool.steps import cut
 
     data = run.recipe.data
-    found = read_prompts(resolve(getattr(data, split), split), split, caption_column=data.caption_column, image_column=data.image_column)
-    others = [p for p in found if p.id not in used and p.image is not None]
-    return [Prompt(id=p.id, text=p.text, split=p.split, image=p.image, truth=p.truth) for p in others[:n]]
+    every = iter_prompts(resolve(getattr(data, split), split), split, caption_column=data.caption_column, image_column=data.image_column)
+    others = islice((p for p in every if p.id not in used and p.image is not None), n)
+    return [cut(p, data, run.recipe.seed) for p in others]
 
 
 def report(run: Run) -> None:
@@ -144,7 +141,8 @@ def report(run: Run) -> None:
     )  # fmt: skip
     sheet({m: x[:6] for m, x in pictures.items()}, [p.text for p in prompts[:6]], run.out / "samples.png")
     for stage in run.compared:
-        if (card := run.out / "train" / stage / "adapter/README.md").is_file():
+        card = run.out / "train" / stage / "adapter/README.md"
+        if stage in metrics["models"] and card.is_file():
             add_evaluation(card, {m: metrics["models"][m] for m in ("base", stage)})
     print_table(metrics)
     print(f"wrote {run.out / 'report.html'} and {run.out / 'metrics.json'}")

@@ -72,7 +72,9 @@ class Run:
         return pipeline, f"{stage}:{self.identity_of(stage).get('adapter', '')}:{scale:g}:{'+'.join(blocks)}"
 
     def strength(self, stage: str) -> tuple[float, list[str]]:
-        """How strongly, and in which blocks, a stage's adapter is used once it is trained."""
+        """How strongly, and in which blocks, a stage's adapter is used once it is trained; that of the stage `base` is merged whole."""
+        if stage == BASE:
+            return 1.0, ["all"]
         g = self.recipe.generate
         return g.stage_lora_scale.get(stage, g.lora_scale), g.stage_blocks.get(stage, g.blocks)
 
