@@ -73,11 +73,15 @@ Features = dict[str, list[NDArray]]  # by split: (K, D) a row
 
 @torch.no_grad()
 def _tower_features(sets: Mapping[str, Choices], scorer: dual.DualScorer) -> Features:
-    """The frozen tower's image vectors."""
-    return {
-        split: [scorer.model.encode_images(decode_batch(choices.encoded(i))).numpy().astype(float) for i in range(len(choices))]
-        for split, choices in sets.items()
-    }
+    """The frozen tower's image vectors; a picture stands in many choices and is looked at once."""
+    found: Features = {}
+    for split, choices in sets.items():
+        seen: dict[str, NDArray] = {}
+        for i, row in enumerate(choices.rows):
+            if any(file not in seen for file in row.files):
+                seen |= zip(row.files, scorer.model.encode_images(decode_batch(choices.encoded(i))).numpy().astype(float))
+        found[split] = [np.stack([seen[file] for file in row.files]) for row in choices.rows]
+    return found
 
 
 def _domain_features(rows: Mapping[str, Sequence[Choice]]) -> Features:
