@@ -172,7 +172,8 @@ def test_the_recipe_with_stand_ins(world, tmp_path, monkeypatch, capsys):
         "output_dir": tmp_path, "world": world, "prompts": "{train: 40, validation: 8, test: 16}", "dual.channels": "[8, 16]",
         "dual.size": SIZE, "dual.width": 32, "dual.text_layers": 1, "dual.attention_layers": 0, "tower_steps": 2, "tower_batch": 16,
         "train.max_train_steps": 12,
-        "train.learning_rate": 0.005, "train.lr_warmup_steps": 0, "train.train_batch_size": 16, "train.validation_steps": 0, "noise": 0.04, "choices_per_prompt": 2,
+        "train.learning_rate": 0.005, "train.lr_warmup_steps": 0, "train.train_batch_size": 16, "train.validation_steps": 0, "noise": 0.04,
+        "choices_per_prompt": 2,
     }  # fmt: skip
     command = [
         "figures",
