@@ -69,6 +69,11 @@ def sampling_steps(recipe: Recipe, t: int | None = None, schedule: int = 1000) -
     return n if t is None else max(1, round(n * t / schedule))
 
 
+def branches_of(recipe: Recipe) -> int:
+    """Samples through the network for a step of an image: with guidance also one without the caption."""
+    return 2 if recipe.sampler.guidance_scale != 1.0 else 1
+
+
 def passes(learn: Learn) -> int:
     """Samples through the network for a training example: winner and loser, each through policy and reference."""
     return 4 if learn.loss == "dpo" else 2
@@ -77,7 +82,7 @@ def passes(learn: Learn) -> int:
 def plan(run: Run, counts: Counts) -> list[Line]:
     """The steps with their calls and images; nothing measured yet."""
     r, out = run.recipe, run.out
-    branches = 2 if r.sampler.guidance_scale != 1.0 else 1
+    branches = branches_of(r)
     pool = counts.train * r.pool.images_per_prompt
     rebuilt = counts.train * len(run.timesteps)
     lines = []
@@ -168,7 +173,7 @@ def measure(run: Run, counts: Counts, first: Prompt) -> Costs:
     r, pipeline = run.recipe, run.pipeline
     shape = pipeline.latent_shape(counts.height, counts.width)
     text = pipeline.encode_text([first.text])
-    branches = 2 if r.sampler.guidance_scale != 1.0 else 1
+    branches = branches_of(r)
     size = r.sampler.batch_size * branches
     memory: dict[str, float] = {}
     with torch.no_grad():
@@ -222,7 +227,7 @@ def priced(run: Run, lines: Sequence[Line], costs: Costs) -> list[Line]:
     from limner.examples.curriculum import selectable
 
     r, result = run.recipe, []
-    branches = 2 if r.sampler.guidance_scale != 1.0 else 1
+    branches = branches_of(r)
     for line in lines:
         kind, _, name = line.step.partition(" ")
         memory = costs.memory.get(name, costs.memory["sample"])

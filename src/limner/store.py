@@ -168,7 +168,7 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     """
     checksum = _checksum_file(path)
     if checksum.is_file() and checksum.read_text().split()[0] != sha256(path):
-        raise ValueError(f"{path} is damaged (its checksum differs); delete it with its .sha256 and run the step again")
+        raise _damaged(path, "its checksum differs")
     try:
         return pq.read_table(path, columns=columns)
     except (pa.ArrowInvalid, OSError) as error:
@@ -184,7 +184,7 @@ def read_column(path: Path, name: str) -> list[Any]:
     try:
         return pq.read_table(path, columns=[name]).column(name).to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it with its .sha256 and run the step again") from error
+        raise _damaged(path, str(error)) from error
 
 
 def read_rows(folder: Path, kind: type[Row], columns: list[str] | None = None) -> Iterator[Row]:
@@ -193,11 +193,15 @@ def read_rows(folder: Path, kind: type[Row], columns: list[str] | None = None) -
         yield from from_table(kind, read_table(path, columns), str(path))
 
 
+def _damaged(path: Path, why: str) -> ValueError:
+    return ValueError(f"{path} is damaged ({why}); delete it with its .sha256 and run the step again")
+
+
 def _rows_in(path: Path) -> int:
     try:
         return int(pq.read_metadata(path).num_rows)
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it with its .sha256 and run the step again") from error
+        raise _damaged(path, str(error)) from error
 
 
 class Rows(Generic[Row]):

@@ -37,7 +37,7 @@ def measure_images(
     Args:
         scorers: metric (preference, judge) to scorer.
         diverse: the same number of images of each of some prompts, for diversity.
-        look: the features of Fréchet distance and diversity; None = neither is measured.
+        look: the features of Fréchet distance and diversity, with a reader its own; None = neither is measured.
     """
     order = {id: n for n, id in enumerate(prompts)}
     images = sorted(images, key=lambda i: order[i.prompt_id])
@@ -52,13 +52,15 @@ def measure_images(
             hue.append(np.asarray(hue_vectors(pixels)))
             sharp.append(np.asarray(sharpness(pixels)))
     scores["sharpness"] = np.concatenate(sharp)
+    features = diversity = None
     if reader is not None:
         reading = reader.read(decode_batch([i.image for i in images]))
         scores["attribute_accuracy"] = reader.attribute_accuracy(reading, [claims(prompts[i.prompt_id]) for i in images])
         scores["joint_plausibility"] = reading.plausible.astype(float)
         scores["defect_rate"] = (reading.defect > 0.5).astype(float)
-    features = look([i.image for i in images]) if look else None
-    diversity = None
+        features = reading.features  # what `look` would read once more
+    elif look:
+        features = look([i.image for i in images])
     if look and diverse:
         ids = list(dict.fromkeys(i.prompt_id for i in diverse))
         seen = look([i.image for i in sorted(diverse, key=lambda i: (ids.index(i.prompt_id), i.k))])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import BertTokenizer
 
 from limner.images import check_images
-from limner.scorers.protocol import Reads, checked_prompts
+from limner.scorers.protocol import Reads, checked_prompts, tokens
 from limner.scorers.tower import preprocess, preprocess_pictures
 from limner.scorers.weights import compare, read_weights
 from limner.store import sha256
@@ -219,7 +219,7 @@ class BlipScorer:
         self.name, self.metric, self.revision, self.files = name, metric, revision, dict[str, str]()
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.range = model.bounds()
-        self.reads = Reads(model.reward.tokens, lambda text: len(self.tokenizer(text, truncation=False, verbose=False).input_ids))
+        self.reads = Reads(model.reward.tokens, tokenizer)
 
     def to_device(self, device: str) -> None:
         """Move the weights."""
@@ -246,8 +246,8 @@ class BlipScorer:
         """Token ids (B, L) padded to the longest, and where there are any."""
         limit, rows = self.model.reward.tokens, dict[str, list[int]]()
         for text in dict.fromkeys(prompts):
-            rows[text] = self.tokenizer(text, truncation=False, verbose=False).input_ids
-        self.reads.warn(prompts, stacklevel=5)
+            rows[text] = tokens(self.tokenizer, text)
+        self.reads.count_long(prompts, stacklevel=5)
         rows = {t: r if len(r) <= limit else [*r[: limit - 1], r[-1]] for t, r in rows.items()}
         longest = max(map(len, rows.values()))
         padded = torch.tensor([rows[t] + [0] * (longest - len(rows[t])) for t in prompts])

@@ -105,7 +105,7 @@ class ClipScorer:
         self._how = METRICS[kind]
         self.tower = ClipTower(model, tokenizer, self._how.crop)
         self._head = head
-        self.reads = Reads(self.tower.context, lambda prompt: len(self.tower.tokens(self._how.prefix + prompt)))
+        self.reads = Reads(self.tower.context, tokenizer, self._how.prefix)
         self.metric = kind if self._how.tower else f"{kind}_{tower_of(model.config).backbone}"
         self.needs_prompt, self.comparable_across_prompts = self._how.needs_prompt, self._how.comparable
         if head is not None:
@@ -156,7 +156,7 @@ class ClipScorer:
             texts = list(self._how.pair)
         elif self.needs_prompt:
             checked = checked_prompts(self.name, self.metric, prompts, len(images))
-            self.reads.warn(checked, stacklevel=4)
+            self.reads.count_long(checked, stacklevel=4)
             texts = [self._how.prefix + p for p in checked]
         text = self.tower.encode_texts(texts) if texts else None
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):

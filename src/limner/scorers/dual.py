@@ -20,10 +20,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from limner.images import check_images, to_tensor, to_uint8
 from limner.scorers.protocol import Reads, checked_prompts
+from limner.scorers.tower import each_once
 from limner.scorers.weights import compare, read_weights
 from limner.store import sha256
-
-CACHED_TEXTS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +137,7 @@ class DualScorer:
         self.name, self.model, self.tokenizer, self.revision, self.files = name, model.eval(), tokenizer, revision, dict[str, str]()
         bound = float(model.scale.detach())
         self.range = (-bound, bound)
-        self.reads = Reads(tokenizer.model_max_length, lambda text: len(tokenizer(text, truncation=False, verbose=False).input_ids))
+        self.reads = Reads(tokenizer.model_max_length, tokenizer)
         self._texts: dict[str, Tensor] = {}
 
     def to_device(self, device: str) -> None:
@@ -166,15 +165,9 @@ class DualScorer:
 
     def _encode(self, texts: Sequence[str]) -> Tensor:
         """Texts to unit vectors (B, D); each is encoded once, and alone, so that batch mates cannot change a digit."""
-        found = {t: self._texts[t] for t in texts if t in self._texts}
-        new = [t for t in dict.fromkeys(texts) if t not in found]
-        self.reads.warn(new, stacklevel=5)
-        for text in new:
-            vector = self.model.encode_tokens(tokenize(self.tokenizer, [text]).to(self.model.log_scale.device))[0]
-            found[text] = self._texts[text] = vector
-            if len(self._texts) > CACHED_TEXTS:
-                self._texts.pop(next(iter(self._texts)))  # the oldest
-        return torch.stack([found[t] for t in texts])
+        self.reads.count_long(texts, stacklevel=5)
+        device = self.model.log_scale.device
+        return each_once(texts, self._texts, lambda text: self.model.encode_tokens(tokenize(self.tokenizer, [text]).to(device))[0])
 
 
 def pixels_of(pictures: Sequence[Image.Image], size: int) -> Tensor:

@@ -72,7 +72,7 @@ def train_scorer(config: TrainScorer, learner: Learner, *, revision: str) -> Pat
     names = choose_parameters(
         learner, vision_layers=config.vision_layers, text_layers=config.text_layers, train_scale=config.train_scale
     )  # fmt: skip
-    learner.reads.warn(choices.rows[i].text for i in chosen)
+    learner.reads.count_long(choices.rows[i].text for i in chosen)
     print(f"train {out.name}: {len(chosen)} of {len(choices)} rows, {len(names)} tensors train, loss {config.loss}")
     device = torch.device(_device(config.device))
     learner.model.to(device)

@@ -75,7 +75,7 @@ def clip_learner(scorer: ClipScorer) -> Learner:
     return Learner(
         "clip", model, int(model.config.projection_dim), prepare,
         lambda pixels: F.normalize(_vector(model.get_image_features(pixel_values=pixels)), dim=-1), texts,
-        lambda: model.logit_scale.exp(), write, Reads(context, lambda text: len(tower.tokens(text))),
+        lambda: model.logit_scale.exp(), write, Reads(context, tokenizer),
         {
             "vision": _tower("vision_model.", vision, "post_layernorm.", "visual_projection."),
             "text": _tower("text_model.", text, "final_layer_norm.", "text_projection."),
@@ -96,7 +96,7 @@ def dual_learner(model: DualEncoder, tokenizer: Any) -> Learner:
         "dual", model, model.config.width, lambda pictures: pixels_of(pictures, size), model.encode_images,
         lambda found: model.encode_tokens(tokenize(tokenizer, found).to(model.log_scale.device)), lambda: model.scale,
         lambda folder: save_scorer(model, tokenizer, folder),
-        Reads(tokenizer.model_max_length, lambda text: len(tokenizer(text, truncation=False, verbose=False).input_ids)),
+        Reads(tokenizer.model_max_length, tokenizer),
         {
             "vision": (0, "", (), ("trunk.", "position", "mixer.", "head.")),
             "text": (0, "", (), ("text.", "text_head.")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from PIL import Image
@@ -48,21 +48,28 @@ class PictureScorer(Scorer, Protocol):
 class Reads:
     """How many tokens of a prompt a scorer reads: its attribute `reads`, where it cuts longer prompts."""
 
-    def __init__(self, limit: int, length: Callable[[str], int]):
-        """length: tokens of a text."""
-        self.limit, self._length, self._counted = limit, length, set[str]()
+    def __init__(self, limit: int, tokenizer: Any, prefix: str = ""):
+        """prefix: put before every prompt."""
+        self.limit, self._tokenizer, self._prefix, self._long = limit, tokenizer, prefix, dict[str, bool]()
 
-    def longer(self, prompts: Iterable[str]) -> int:
-        """How many distinct prompts are longer than that."""
-        return sum(self._length(p) > self.limit for p in set(prompts))
+    def count_long(self, prompts: Iterable[str], who: str = "the scorer", stacklevel: int = 2) -> int:
+        """How many distinct prompts are longer than that.
 
-    def warn(self, prompts: Iterable[str], who: str = "the scorer", stacklevel: int = 2) -> None:
-        """Say how many prompts are cut; of those that were counted before nothing is said again."""
-        new = set(prompts) - self._counted
-        self._counted |= new
-        if long := self.longer(new):
-            message = f"{long} of {len(new)} prompts are longer than the {self.limit} tokens that {who} reads; their ends are cut"
+        Warns:
+            UserWarning: how many of those that were not counted before.
+        """
+        distinct = set(prompts)
+        new = distinct - self._long.keys()
+        self._long |= {p: len(tokens(self._tokenizer, self._prefix + p)) > self.limit for p in new}
+        if cut := sum(self._long[p] for p in new):
+            message = f"{cut} of {len(new)} prompts are longer than the {self.limit} tokens that {who} reads; their ends are cut"
             warnings.warn(message, stacklevel=stacklevel + 1)
+        return sum(self._long[p] for p in distinct)
+
+
+def tokens(tokenizer: Any, text: str) -> list[int]:
+    """A text's ids from start to end token, however many."""
+    return list(tokenizer(text, truncation=False, verbose=False).input_ids)
 
 
 def count_long(scorers: Iterable[Any], prompts: Iterable[str]) -> dict[str, int]:
@@ -73,9 +80,8 @@ def count_long(scorers: Iterable[Any], prompts: Iterable[str]) -> dict[str, int]
     """
     distinct, found = set(prompts), dict[str, int]()
     for scorer in (part for s in scorers for part in getattr(s, "parts", [s])):
-        if scorer.needs_prompt and (reads := getattr(scorer, "reads", None)) and (long := reads.longer(distinct)):
+        if scorer.needs_prompt and (reads := getattr(scorer, "reads", None)) and (long := reads.count_long(distinct, scorer.name)):
             found[scorer.name] = long
-            reads.warn(distinct, scorer.name)
     return found
 
 

@@ -8,7 +8,7 @@ splits them: OpenAI's and open_clip's also repair broken encodings (ftfy) and un
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from limner.images import in_threads, resize_tensor, to_uint8
+from limner.scorers.protocol import tokens
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CACHED_TEXTS = 50_000  # of 4 KB at most
@@ -87,10 +88,6 @@ class ClipTower:
         vectors = [image_features(self.model, part.to(self.device)) for part in pixels.split(count)]
         return F.normalize(torch.cat(vectors), dim=-1)
 
-    def tokens(self, text: str) -> list[int]:
-        """A text's ids from start to end token, however many."""
-        return list(self.tokenizer(text, truncation=False, verbose=False).input_ids)
-
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Texts to unit vectors (B, D); one that was seen before is not encoded again.
@@ -99,16 +96,14 @@ class ClipTower:
         context, and so neither batch mates nor what the cache holds (after a restart: less) can change a digit.
         Texts longer than the context lose their ends.
         """
-        new = [t for t in dict.fromkeys(texts) if t not in self._texts]
-        found = {t: self._texts[t] for t in texts if t in self._texts}
-        for text in new:
-            ids = self.tokens(text)
+
+        def encode(text: str) -> Tensor:
+            ids = tokens(self.tokenizer, text)
             ids = ids if len(ids) <= self.context else [*ids[: self.context - 1], ids[-1]]
             vector = _vector(self.model.get_text_features(input_ids=torch.tensor([ids], device=self.device)))
-            found[text] = self._texts[text] = F.normalize(vector, dim=-1)[0]
-            if len(self._texts) > CACHED_TEXTS:
-                self._texts.pop(next(iter(self._texts)))  # the oldest
-        return torch.stack([found[t] for t in texts])
+            return F.normalize(vector, dim=-1)[0]
+
+        return each_once(texts, self._texts, encode)
 
     def check_tokenizer(self, where: str) -> None:
         """Check that the tokenizer is of these weights.
@@ -124,6 +119,17 @@ class ClipTower:
                 f"{where}: the tokenizer has {len(self.tokenizer)} tokens and ends texts with {self.tokenizer.eos_token_id}; "
                 f"the weights have {text.vocab_size} and expect {end}. Is it the tokenizer of another model?"
             )
+
+
+def each_once(texts: Sequence[str], cache: dict[str, Tensor], encode: Callable[[str], Tensor]) -> Tensor:
+    """Vectors (D,) of texts as (B, D); those in the cache are taken from there, the others encoded, and kept in place of the oldest."""
+    found = {t: cache[t] for t in texts if t in cache}
+    for text in dict.fromkeys(texts):
+        if text not in found:
+            found[text] = cache[text] = encode(text)
+            if len(cache) > CACHED_TEXTS:
+                cache.pop(next(iter(cache)))
+    return torch.stack([found[t] for t in texts])
 
 
 def image_features(model: Any, pixels: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 from limner.config import dump
-from limner.steps.make import prompts
+from limner.steps.make import choosing, prompts
 from limner.steps.run import FIGURES, Run, resolve
 from limner.store import write_atomic
 
@@ -86,7 +86,7 @@ def look_of(run: Run, reader: FigureReader | None) -> Look | None:
 def circular(run: Run) -> set[str]:
     """The metrics of `evaluate` that weights measure which chose training examples: they are better than what they show."""
     e = run.recipe.evaluate
-    chose = set().union(*(weights_of(run, name) for name in run.selectors))
+    chose = set().union(*(weights_of(run, name) for name in choosing(run.recipe)))
     looks = {"frechet", "frechet_ratio", "diversity"}
     reads = looks | {"attribute_accuracy", "joint_plausibility", "defect_rate"}
     measured = {"preference": {"preference"}, "judge": {"judge"}, "reader": reads, "features": set() if e.reader else looks}

@@ -106,13 +106,6 @@ class Run:
         return {r.key: r.model for s in self.recipe.stages.values() for r in s.sources if r.source == "pool"}
 
     @property
-    def selectors(self) -> set[str]:
-        """The scorers that chose training examples; of a sum also what it sums."""
-        stages = self.recipe.stages.values()
-        found = {source.by for stage in stages for source in stage.sources} | {name for stage in stages for name in stage.wins_on}
-        return {part for name in found - {""} for part in (name, *self.recipe.scorers[name].of)}
-
-    @property
     def compared(self) -> list[str]:
         """The stages that are generated from and measured."""
         return self.recipe.evaluate.stages or [s for s in self.recipe.stages if s != BASE]
