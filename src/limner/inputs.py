@@ -13,34 +13,19 @@ Columns `id`, `split` and `truth` are used where they are; others are ignored. R
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import os
 import re
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from limner.formats import IMAGES, Find, Values, files, images_below, read_bytes, rows, utf8
 from limner.images import image_size
 from limner.records import Image, Prompt
-
-FORMATS = (
-    ".txt, .csv, .tsv, .jsonl, .parquet or .tar; a folder of .parquet or .tar shards; "
-    "an image folder with metadata.jsonl or metadata.csv, or with a .txt beside each image"
-)
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-SPLIT_NAME = re.compile(r"(?:^|[-_.])(train|validation|test)[-_.]")
-
-Values = tuple[str, dict[str, Any]]  # where a row stands (for messages), and its columns
-Find = Callable[[Iterable[str], Path], tuple[Any, Any]]  # a file's columns to those of caption and image
 
 
 def read_prompts(
@@ -88,9 +73,9 @@ def _located(path: Path, split: str, caption_column: str, image_column: str, lim
     find = partial(_find, caption_column, image_column, need_images)
     seen: dict[str, str] = {}
     other_splits: Counter[str] = Counter()
-    for file in _files(path, split):
+    for file in files(path, split):
         chosen: tuple[str, str | None] | None = None
-        for where, values in _rows(file, find):
+        for where, values in rows(file, find):
             chosen = chosen or find(values, file)
             if values.get("split", split) != split:
                 other_splits[str(values["split"])] += 1
@@ -141,7 +126,7 @@ def iter_images(
             if isinstance(value, str) and value:
                 name, value = value, _target(value, column, file, where, True)
             if isinstance(value, Path):
-                value = _bytes(value) if wanted else None
+                value = read_bytes(value) if wanted else None
             elif wanted:
                 value = _image(value, column, file, where, False)
             row = _id(values["id"], where) if "id" in values else name
@@ -168,17 +153,17 @@ def _find_image(caption_column: str, image_column: str, pixels: bool, names: Ite
 
 def _image_files(path: Path) -> list[Path]:
     alone = path.is_dir() and not any(f.suffix in (".parquet", ".tar") or f.stem == "metadata" for f in path.iterdir())
-    return [path] if alone and _images_below(path) else _files(path, "")
+    return [path] if alone and images_below(path) else files(path, "")
 
 
 def _image_rows(file: Path, find: Find) -> Iterator[Values]:
-    """As `_rows`; images of a folder need no caption beside them, and are named, not read."""
+    """As `rows`; images of a folder need no caption beside them, and are named, not read."""
     if not file.is_dir() and file.suffix.lower() not in IMAGES:
-        yield from _rows(file, find)
+        yield from rows(file, find)
         return
-    for image in _images_below(file) if file.is_dir() else [file]:
+    for image in images_below(file) if file.is_dir() else [file]:
         caption = image.with_suffix(".txt")
-        text = " ".join(_utf8(_bytes(caption), str(caption)).split()) if caption.is_file() else ""
+        text = " ".join(utf8(read_bytes(caption), str(caption)).split()) if caption.is_file() else ""
         name = image.relative_to(file).as_posix() if file.is_dir() else image.name
         yield str(image), {"id": name, "text": text, "image": image}
 
@@ -240,7 +225,7 @@ def _image(value: Any, column: str, file: Path, where: str, needed: bool) -> byt
 def _linked(name: str, column: str, file: Path, where: str, needed: bool) -> bytes | None:
     """The bytes of an image that a table names."""
     target = _target(name, column, file, where, needed)
-    return _bytes(target) if target else None
+    return read_bytes(target) if target else None
 
 
 def _target(name: str, column: str, file: Path, where: str, needed: bool) -> Path | None:
@@ -254,162 +239,3 @@ def _target(name: str, column: str, file: Path, where: str, needed: bool) -> Pat
     if is_folder or needed:
         raise ValueError(f"{where}: {column} names {name}, which does not exist in {file.parent}")
     return None
-
-
-def _files(path: Path, split: str) -> list[Path]:
-    """What to read in turn: files whose name says their format, or a kohya folder itself."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise ValueError(f"{path}: no such file or folder")
-    names = [p for p in sorted(path.iterdir()) if p.is_file() and not p.name.startswith(".")]
-    metadata = [p for p in names if p.name in ("metadata.jsonl", "metadata.csv")]
-    if len(metadata) > 1:
-        raise ValueError(f"{path} has both metadata.jsonl and metadata.csv; remove one, or name the one to read")
-    for found in (metadata, [p for p in names if p.suffix == ".parquet"], [p for p in names if p.suffix == ".tar"]):
-        if found:
-            return _of_split(path, found, split)
-    if any(p.with_suffix(".txt").is_file() for p in _images_below(path)):
-        return [path]
-    raise ValueError(f"{path}: nothing here that can be read as prompts; expected {FORMATS}")
-
-
-def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
-    """Published sets keep train-00000.parquet and test-00000.parquet in one folder: reading both as one split ("" = all) would leak."""
-    named = {f: match[1] for f in files if (match := SPLIT_NAME.search(f.name))}
-    if not named or not split:
-        return files
-    chosen = [f for f in files if named.get(f) == split]
-    if not chosen:
-        found = ", ".join(sorted(set(named.values())))
-        raise ValueError(f"{folder}: no shards of split {split!r} (names say: {found}); name a file instead")
-    return chosen
-
-
-def _images_below(folder: Path) -> list[Path]:
-    """Image files at any depth, by path; hidden ones are left out (copying from a Mac makes a ._photo.jpg beside each photo.jpg)."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES and not p.name.startswith(".") and p.is_file())
-
-
-def _rows(file: Path, find: Find) -> Iterator[Values]:
-    if file.is_dir():
-        return _kohya_rows(file)
-    match file.suffix.lower():
-        case ".txt":
-            return ((where, {"text": line}) for where, line in _lines(file))
-        case ".jsonl":
-            return ((where, _json_object(line, where)) for where, line in _lines(file))
-        case ".csv" | ".tsv":
-            return _csv_rows(file)
-        case ".parquet":
-            return _parquet_rows(file, find)
-        case ".tar":
-            return _tar_rows(file)
-    raise ValueError(f"{file}: unknown format {file.suffix!r}; expected {FORMATS}")
-
-
-def _bytes(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read ({error.strerror})") from error
-
-
-def _bytes_at_end(file: Path, count: int) -> bytes:
-    with file.open("rb") as f:
-        f.seek(max(0, file.stat().st_size - count))
-        return f.read()
-
-
-def _utf8(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-
-
-def _json_object(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: {type(value).__name__}; expected a JSON object with a caption")
-    return value
-
-
-def _lines(file: Path) -> Iterator[tuple[str, str]]:
-    """Lines that are not blank, and where they stand. Not `splitlines`: U+2028 may be part of a caption."""
-    numbered = enumerate(_utf8(_bytes(file), str(file)).split("\n"), 1)
-    return ((f"{file}:{n}", line) for n, line in numbered if line.strip())
-
-
-def _csv_rows(file: Path) -> Iterator[Values]:
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
-    reader = csv.DictReader(io.StringIO(_utf8(_bytes(file), str(file)), newline=""), delimiter=delimiter, strict=True)
-    try:
-        for values in reader:
-            where = f"{file}:{reader.line_num}"
-            if None in values:
-                raise ValueError(f"{where}: more fields than the header has; put captions that hold the separator in quotes")
-            yield where, values
-    except csv.Error as error:
-        raise ValueError(f"{file}:{reader.line_num + 1}: {error}; is a quote left open in this row?") from error
-
-
-def _parquet_rows(file: Path, find: Find) -> Iterator[Values]:
-    row = 0
-    try:
-        with pq.ParquetFile(file) as parquet:
-            names = parquet.schema_arrow.names
-            wanted = {"id", "split", "truth", "prompt_id", *find(names, file)}
-            for batch in parquet.iter_batches(64, columns=[n for n in names if n in wanted]):
-                for values in batch.to_pylist():
-                    yield f"{file}: row {row}", values
-                    row += 1
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} cannot be read as parquet; truncated or not parquet? ({error})") from error
-
-
-def _kohya_rows(folder: Path) -> Iterator[Values]:
-    for image in _images_below(folder):
-        caption = image.with_suffix(".txt")
-        if not caption.is_file():
-            raise ValueError(f"{image}: no caption file {caption.name} beside it")
-        text = " ".join(_utf8(_bytes(caption), str(caption)).split())
-        if not text:
-            raise ValueError(f"{caption} is empty; every image needs a caption")
-        yield str(image), {"text": text, "image": _bytes(image)}
-
-
-def _tar_rows(file: Path) -> Iterator[Values]:
-    """Members of one key stand together; the key is the path up to the first dot of its last part."""
-    key, members = "", dict[str, bytes]()
-    try:
-        if _bytes_at_end(file, 1024) != bytes(1024):  # the end mark; tarfile takes one that was cut between members for whole
-            raise ValueError(f"{file} cannot be read as tar; truncated or not a tar? (its end mark is missing)")
-        with tarfile.open(file, "r:") as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                if not member.isfile() or name.startswith("."):
-                    continue
-                stem, _, suffix = name.partition(".")
-                if members and f"{folder}/{stem}" != key:
-                    yield _sample(file, key, members)
-                    members = {}
-                key = f"{folder}/{stem}"
-                content = tar.extractfile(member)
-                members[suffix.lower()] = content.read() if content else b""
-    except (tarfile.TarError, OSError) as error:
-        raise ValueError(f"{file} cannot be read as tar ({error})") from error
-    if members:
-        yield _sample(file, key, members)
-
-
-def _sample(file: Path, key: str, members: dict[str, bytes]) -> Values:
-    where = f"{file}: {key.lstrip('/')}"
-    values = _json_object(_utf8(members["json"], f"{where}.json"), f"{where}.json") if "json" in members else {}
-    if "txt" in members:
-        values["text"] = _utf8(members["txt"], f"{where}.txt")
-    values["image"] = next((members[s[1:]] for s in IMAGES if s[1:] in members), None)
-    return where, values
