@@ -251,3 +251,49 @@ def test_all_images_of_a_row_are_shifted_alike():
         (at,) = [place for place, expected in places.items() if np.array_equal(moved, expected)]
         seen.add(at)
     assert seen == set(places)
+
+
+def test_rows_of_a_prompt_come_together_and_look_at_each_picture_once(tmp_path, parts):
+    """Against batches of rows: the same loss and gradients where both have all rows, from a third of the pictures."""
+    pictures, rng = {(p, i): flat(0.1 * (p + i), 10 * p + i) for p in range(4) for i in range(4)}, np.random.default_rng(0)
+    rows = []
+    for p, n in [(p, n) for n in range(6) for p in range(4)]:  # rows of a prompt do not follow each other
+        some = rng.permutation(4)[:2].tolist()
+        files, images = tuple(f"{p}/{i}" for i in some), tuple(pictures[p, i] for i in some)
+        rows.append(Choice(id=f"{p}/{n}", prompt_id=f"p{p}", text=f"a man {p}", kind="choice", said=(1.0, 0.0), files=files, images=images))
+    step = open_step(tmp_path / "choices", "choices", {}, {})
+    step.write(0, to_table(Choice, rows[:12]))
+    step.write(1, to_table(Choice, rows[12:]))
+    step.finish({})
+    choices, learner = Choices(tmp_path / "choices"), learner_of(clip.load_scorer(parts / "start", "mine"))
+    learner.model.requires_grad_(True)
+    config = {"loss": "pickscore", "seed": 3}
+    by_row = objective.Draw(choices, range(24), learner, objective.TrainScorer(train_batch_size=24, **config))
+    by_prompt = objective.Draw(choices, range(24), learner, objective.TrainScorer(train_batch_size=4, prompt_batches=True, **config))
+    (one,), (other,) = by_row(0), by_prompt(0)
+    assert len(one.pixels) == 48 and len(other.pixels) == len({name for row in rows for name in row.files}) <= 16
+    assert sorted(one.names) == sorted(other.names)
+    found = []
+    for batch in (one, other):
+        learner.model.zero_grad()
+        seen, said = objective.encode(learner, batch)
+        loss, _ = objective.compute_loss(by_row.config, batch, learner.scale() * (seen * said).sum(1), None)
+        loss.backward()
+        found.append((loss.item(), learner.model.visual_projection.weight.grad.clone()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-6)
+
+    one_prompt = objective.TrainScorer(train_batch_size=1, prompt_batches=True, mirror=0.5, **config)
+    single = objective.Draw(choices, range(24), learner, one_prompt)
+    for epoch in range(2):  # each prompt once an epoch
+        batches = [single(4 * epoch + n)[0] for n in range(4)]
+        assert sorted({b.rows[0].prompt_id for b in batches}) == ["p0", "p1", "p2", "p3"] and all(len(b.rows) == 6 for b in batches)
+    turned = [single(n)[0] for n in range(16)]
+    plain = {name: learner.prepare([p]) for row in range(24) for name, p in zip(rows[row].files, choices.pictures(row))}
+    ways = set()
+    for batch in turned:  # all pictures of a prompt are mirrored, or none
+        files = [name for row in batch.rows for name in row.files]
+        seen = {torch.equal(batch.pixels[k], plain[f][0]) for k, f in zip(batch.place.tolist(), files)}
+        assert len(seen) == 1
+        ways |= seen
+    assert ways == {True, False}

@@ -115,8 +115,12 @@ class Choices:
         Raises:
             ValueError: a picture that cannot be decoded; names row and file.
         """
+        return [self.decode_one(index, k, data) for k, data in enumerate(encoded)]
+
+    def decode_one(self, index: int, k: int, data: bytes) -> Image.Image:
+        """A row's k-th picture from its encoded bytes; as `decode`."""
         row = self.rows[index]
-        return [decode(data, f"{self.folder}: row {row.id}: {name}") for data, name in zip(encoded, row.files)]
+        return decode(data, f"{self.folder}: row {row.id}: {row.files[k]}")
 
     def pictures(self, index: int) -> list[Image.Image]:
         """`decode` of `encoded`."""

@@ -24,7 +24,7 @@ from limner.loop import Every, Metrics, Optimisation, fit, schedule
 from limner.scorers.agreement import accuracy, judge
 from limner.scorers.choices import Choices, generators_of
 from limner.scorers.learner import Learner, choose_parameters, training_mode
-from limner.scorers.objective import Batch, Draw, TrainScorer, compute_loss, encode, usable
+from limner.scorers.objective import Batch, Draw, TrainScorer, compute_loss, encode, units_of, usable
 from limner.store import differences, input_hash, write_atomic
 
 NOT_IDENTITY = (
@@ -130,14 +130,16 @@ def describe(config: TrainScorer, learner: Learner) -> str:
         choose_parameters(learner, vision_layers=config.vision_layers, text_layers=config.text_layers, train_scale=config.train_scale)
     )
     choices.pictures(chosen[0])
-    rows = config.train_batch_size * config.gradient_accumulation_steps
-    images = rows * sum(len(choices.rows[i].files) for i in chosen) / len(chosen)
+    units = units_of(choices.rows, chosen, config)
+    count = config.train_batch_size * config.gradient_accumulation_steps
+    rows = count * len(chosen) / len(units)
+    images = count * sum(len({f for i in unit for f in choices.rows[i].files}) for unit in units) / len(units)
     sizes = {n: p.numel() for n, p in learner.model.named_parameters()}
     moving = sum(v for n, v in sizes.items() if n in names)
     megabytes = (4 * sum(sizes.values()) + 12 * moving) / 2**20  # float32 weights; gradient and Adam's two moments
     return (
-        f"{len(chosen)} of {len(choices)} rows; an update sees {rows} rows, about {images:.0f} images; {config.max_train_steps} updates "
-        f"are {config.max_train_steps * rows / len(chosen):.2g} epochs\n{moving / 1e6:.3g} M of {sum(sizes.values()) / 1e6:.3g} M "
+        f"{len(chosen)} of {len(choices)} rows; an update sees {rows:.3g} rows, about {images:.0f} images; {config.max_train_steps} "
+        f"updates are {config.max_train_steps * rows / len(chosen):.2g} epochs\n{moving / 1e6:.3g} M of {sum(sizes.values()) / 1e6:.3g} M "
         f"parameters train; weights and optimiser {megabytes:.0f} MB, without activations"
     )
 

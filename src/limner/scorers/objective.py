@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from typing import Literal
 
 import torch
 from PIL import ImageOps
+from PIL.Image import Image as Picture
 from torch import Tensor, nn
 
 from limner import seeds
@@ -52,11 +54,13 @@ class TrainScorer:
             gaussian (HPSv3). All but the first look at pairs.
         theta: of bradley_terry_ties.
         prompt_weights: a row counts one over the rows of its prompt (PickScore).
+        prompt_batches: train_batch_size counts prompts: all rows of a prompt come together, and each of their pictures is looked at once,
+            as ImageReward does with the pairs of a ranking. For data with many rows a prompt.
         vision_layers: -1 = the whole tower, k = its last k layers with norm and projection, 0 = none (HPS v1: 10).
         text_layers: the same (HPS v1: 6).
         train_scale: the logit scale as well.
-        mirror: chance that all images of a row are mirrored.
-        shift: all images of a row are moved by up to so much of their side, their edges repeated.
+        mirror: chance that all images of a row (of a prompt, with prompt_batches) are mirrored.
+        shift: all images of a row (of a prompt) are moved by up to so much of their side, their edges repeated.
         learning_rate: of AdamW (HPS v1 about 1.7e-5, PickScore 3e-6).
         adam_beta1: of AdamW.
         adam_beta2: of AdamW.
@@ -65,7 +69,7 @@ class TrainScorer:
         lr_warmup_steps: linear.
         max_grad_norm: 0 = no clipping.
         max_train_steps: updates.
-        train_batch_size: rows (prompts) a micro-batch.
+        train_batch_size: rows a micro-batch, or prompts.
         gradient_accumulation_steps: micro-batches an update.
         gradient_checkpointing: of a CLIP: less memory, more time.
         dataloader_num_workers: threads that decode and resize a batch's images (0 = none).
@@ -87,6 +91,7 @@ class TrainScorer:
     loss: LossName = "choice_among"
     theta: float = 5.0
     prompt_weights: bool = False
+    prompt_batches: bool = False
     vision_layers: int = -1
     text_layers: int = -1
     train_scale: bool = True
@@ -114,10 +119,12 @@ class TrainScorer:
 
 @dataclass
 class Batch:
-    """Rows ready to learn from. pixels (n, 3, S, S) of all images one after the other; owner (n,): row of each; weights (B,)."""
+    """Rows ready to learn from. pixels (n, 3, S, S) of their images; of all rows' images one after the other, place (m,): which of these
+    it is, owner (m,): its row; weights (B,)."""
 
     rows: list[Choice]
     pixels: Tensor
+    place: Tensor
     owner: Tensor
     weights: Tensor
 
@@ -127,11 +134,14 @@ class Batch:
 
 
 class Draw:
-    """Which rows a step sees: every row once an epoch, in an order decided by (seed, epoch); position decides mirroring."""
+    """Which rows a step sees: every row (or prompt, all its rows) once an epoch, in an order decided by (seed, epoch); position decides
+    mirroring and shift."""
 
     def __init__(self, choices: Choices, chosen: Sequence[int], learner: Learner, config: TrainScorer):
-        self.choices, self.chosen, self.learner, self.config = choices, set(chosen), learner, config
+        self.choices, self.learner, self.config = choices, learner, config
+        self.units = units_of(choices.rows, chosen, config)
         self.weights = prompt_weights(choices.rows) if config.prompt_weights else [row.weight for row in choices.rows]
+        self._unit = {index: unit for unit, indices in enumerate(self.units) for index in indices}
         self._order: tuple[int, list[int]] = (-1, [])
         self._workers = ThreadPoolExecutor(config.dataloader_num_workers) if config.dataloader_num_workers else None
 
@@ -140,33 +150,65 @@ class Draw:
         first = step * c.gradient_accumulation_steps
         return [self._batch((first + m) * c.train_batch_size) for m in range(c.gradient_accumulation_steps)]
 
-    def _row(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.chosen))
+    def _indices(self, position: int) -> list[int]:
+        epoch, place = divmod(position, len(self.units))
         if self._order[0] != epoch:
-            self._order = (epoch, [i for i in self.choices.order(self.config.seed, "order", epoch) if i in self.chosen])
-        return self._order[1][place]
+            mixed = self.choices.order(self.config.seed, "order", epoch)
+            self._order = (epoch, list(dict.fromkeys(self._unit[i] for i in mixed if i in self._unit)))
+        return self.units[self._order[1][place]]
 
     def _batch(self, first: int) -> Batch:
-        indices = [self._row(position) for position in range(first, first + self.config.train_batch_size)]
-        encoded = [self.choices.encoded(index) for index in indices]  # in one thread: shards are opened in turn
-        mirrored = [
-            bool(torch.rand((), generator=seeds.generator(self.config.seed, "mirror", first + i)) < self.config.mirror)
-            for i in range(len(indices))
-        ]
+        positions = range(first, first + self.config.train_batch_size)
+        units = [self._indices(position) for position in positions]
+        found = [_Looks(self.choices, indices) for indices in units]  # in one thread: shards are opened in turn
         apply = map if self._workers is None else self._workers.map
-        pixels = list(apply(self._prepare, indices, encoded, mirrored))
-        if self.config.shift:
-            pixels = [shifted(x, self.config.shift, seeds.generator(self.config.seed, "shift", first + i)) for i, x in enumerate(pixels)]
+        pixels = list(apply(self._prepare, found, positions))
+        before = itertools.accumulate((len(x) for x in pixels[:-1]), initial=0)
+        places = [[start + i for i in row] for start, looks in zip(before, found) for row in looks.places]
+        indices = [index for unit in units for index in unit]
         device = self.learner.device
-        owner = [i for i, found in enumerate(encoded) for _ in found]
         return Batch(
-            [self.choices.rows[index] for index in indices], torch.cat(pixels).to(device), torch.tensor(owner, device=device),
+            [self.choices.rows[index] for index in indices], torch.cat(pixels).to(device),
+            torch.tensor([i for row in places for i in row], device=device),
+            torch.tensor([owner for owner, row in enumerate(places) for _ in row], device=device),
             torch.tensor([float(self.weights[index]) for index in indices], device=device),
         )  # fmt: skip
 
-    def _prepare(self, index: int, encoded: list[bytes], mirrored: bool) -> Tensor:
-        pictures = self.choices.decode(index, encoded)
-        return self.learner.prepare([ImageOps.mirror(p) for p in pictures] if mirrored else pictures)
+    def _prepare(self, looks: _Looks, position: int) -> Tensor:
+        c = self.config
+        pictures = looks.decode()
+        if bool(torch.rand((), generator=seeds.generator(c.seed, "mirror", position)) < c.mirror):
+            pictures = [ImageOps.mirror(p) for p in pictures]
+        pixels = self.learner.prepare(pictures)
+        return shifted(pixels, c.shift, seeds.generator(c.seed, "shift", position)) if c.shift else pixels
+
+
+class _Looks:
+    """The pictures of some rows, equal ones once. places: of each row, which of them are its images."""
+
+    def __init__(self, choices: Choices, indices: Sequence[int]):
+        self.choices = choices
+        self.first: dict[bytes, tuple[int, int]] = {}  # encoded picture to the row, and which of its images, where it first stands
+        self.places: list[list[int]] = []
+        number: dict[bytes, int] = {}
+        for index in indices:
+            encoded = choices.encoded(index)
+            for k, data in enumerate(encoded):
+                self.first.setdefault(data, (index, k))
+            self.places.append([number.setdefault(data, len(number)) for data in encoded])
+
+    def decode(self) -> list[Picture]:
+        return [self.choices.decode_one(index, k, data) for data, (index, k) in self.first.items()]
+
+
+def units_of(rows: Sequence[Choice], chosen: Sequence[int], config: TrainScorer) -> list[list[int]]:
+    """What `train_batch_size` counts: chosen rows one by one, or those of each prompt."""
+    if not config.prompt_batches:
+        return [[index] for index in chosen]
+    by_prompt: dict[str, list[int]] = {}
+    for index in chosen:
+        by_prompt.setdefault(rows[index].prompt_id, []).append(index)
+    return list(by_prompt.values())
 
 
 def shifted(pixels: Tensor, most: float, g: torch.Generator) -> Tensor:
@@ -185,14 +227,14 @@ def usable(rows: Sequence[Choice], loss: LossName) -> list[int]:
 
 
 def encode(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Unit vectors of a batch's images and of their prompts, (n, D) each."""
+    """Unit vectors of the images of a batch's rows and of their prompts, (m, D) each."""
     texts = list(dict.fromkeys(row.text for row in batch.rows))
     place = torch.tensor([texts.index(row.text) for row in batch.rows], device=batch.owner.device)
-    return learner.images(batch.pixels), learner.texts(texts)[place[batch.owner]]
+    return learner.images(batch.pixels)[batch.place], learner.texts(texts)[place[batch.owner]]
 
 
 def compute_loss(config: TrainScorer, batch: Batch, scores: Tensor, log_sigma: Tensor | None) -> tuple[Tensor, Metrics]:
-    """The configured loss of scaled scores (n,) of the images of a batch, and how often the order is right."""
+    """The configured loss of scaled scores (m,) of the images of a batch, and how often the order is right."""
     at = [(batch.owner == b).nonzero()[:, 0] for b in range(len(batch.rows))]
     if config.loss == "choice_among":
         most = max(len(i) for i in at)
