@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ from transformers import CLIPModel
 
 from chain import clip_scorer
 from limner.cli import main
+from limner.evaluation import choices as evaluation
 from limner.images import decode_batch, encode_png, to_tensor
 from limner.records import Choice, to_table
-from limner.scorers import clip, dual, objective
+from limner.scorers import clip, dual, learn, objective
 from limner.scorers.choices import Choices
 from limner.scorers.learner import learner_of
 from limner.scorers.objective import shifted
@@ -268,6 +270,17 @@ def test_rows_of_a_prompt_come_together_and_look_at_each_picture_once(tmp_path, 
     choices, learner = Choices(tmp_path / "choices"), learner_of(clip.load_scorer(parts / "start", "mine"))
     learner.model.requires_grad_(True)
     config = {"loss": "pickscore", "seed": 3}
+    with patch.object(learner, "images", wraps=learner.images) as looked:
+        by_name = learn.score_rows(learner, choices, 24)
+    assert sum(len(call.args[0]) for call in looked.call_args_list) == 16
+    scorer = clip.load_scorer(parts / "start", "mine")
+    for row, found in zip(rows, by_name):
+        expected = scorer(decode_batch(row.images), [row.text] * 2)
+        assert found == pytest.approx(expected.tolist(), rel=1e-4)
+    with patch.object(evaluation, "score_images", wraps=evaluation.score_images) as scored:
+        np.testing.assert_allclose(evaluation.score_choices(choices, [scorer])["mine"], by_name, rtol=1e-4)
+    assert [len(call.args[0]) for call in scored.call_args_list] == [16]
+
     by_row = objective.Draw(choices, range(24), learner, objective.TrainScorer(train_batch_size=24, **config))
     by_prompt = objective.Draw(choices, range(24), learner, objective.TrainScorer(train_batch_size=4, prompt_batches=True, **config))
     (one,), (other,) = by_row(0), by_prompt(0)

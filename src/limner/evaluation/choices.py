@@ -70,17 +70,16 @@ def score_choices(choices: Choices, scorers: Sequence[Scorer]) -> Scores:
     """Scores of all images by every scorer, each image decoded once; NaN where there is none."""
     found: Scores = {s.name: [] for s in scorers}
     for start in range(0, len(choices), ROWS):
-        span = range(start, min(start + ROWS, len(choices)))
-        images = [
-            Image(id=f"{i}/{k}", prompt_id=choices.rows[i].prompt_id, text=choices.rows[i].text, image=data)
-            for i in span
-            for k, data in enumerate(choices.encoded(i))
-        ]
-        values = {(s.scorer, s.image_id): s.score for s in score_images(images, scorers)}
+        part = choices.rows[start : start + ROWS]
+        seen: dict[tuple[str, bytes], int] = {}  # an image of a prompt stands in many rows, and is scored once
+        places = [
+            [seen.setdefault((row.text, data), len(seen)) for data in choices.encoded(start + i)] for i, row in enumerate(part)
+        ]  # fmt: skip
+        images = [Image(id=str(n), prompt_id="", text=text, image=data) for (text, data), n in seen.items()]
+        values = {(s.scorer, int(s.image_id)): s.score for s in score_images(images, scorers)}
         for name, rows in found.items():
-            for i in span:
-                row = [values[name, f"{i}/{k}"] for k in range(len(choices.rows[i].files))]
-                rows.append([float("nan") if v is None else v for v in row])
+            scores = [values[name, n] for n in range(len(images))]
+            rows += [[float("nan") if (v := scores[n]) is None else v for n in row] for row in places]
     return found
 
 

@@ -140,6 +140,24 @@ class Choices:
         return out
 
 
+class Looks:
+    """The pictures of some rows, equal ones once. places: of each row, which of them are its images."""
+
+    def __init__(self, choices: Choices, indices: Sequence[int]):
+        self.choices = choices
+        self.first: dict[bytes, tuple[int, int]] = {}  # encoded picture to the row, and which of its images, where it first stands
+        self.places: list[list[int]] = []
+        number: dict[bytes, int] = {}
+        for index in indices:
+            encoded = choices.encoded(index)
+            for k, data in enumerate(encoded):
+                self.first.setdefault(data, (index, k))
+            self.places.append([number.setdefault(data, len(number)) for data in encoded])
+
+    def decode(self) -> list[Image.Image]:
+        return [self.choices.decode_one(index, k, data) for data, (index, k) in self.first.items()]
+
+
 def _read(path: Path, where: str) -> bytes:
     try:
         return path.read_bytes()

@@ -22,7 +22,7 @@ from limner import checkpoint
 from limner.config import to_dict
 from limner.loop import Every, Metrics, Optimisation, fit, schedule
 from limner.scorers.agreement import accuracy, judge
-from limner.scorers.choices import Choices, generators_of
+from limner.scorers.choices import Choices, Looks, generators_of
 from limner.scorers.learner import Learner, choose_parameters, training_mode
 from limner.scorers.objective import Batch, Draw, TrainScorer, compute_loss, encode, units_of, usable
 from limner.store import differences, input_hash, write_atomic
@@ -34,17 +34,16 @@ NOT_IDENTITY = (
 
 
 @torch.no_grad()
-def score_rows(learner: Learner, choices: Choices, rows_at_once: int = 16) -> list[list[float]]:
+def score_rows(learner: Learner, choices: Choices, rows_at_once: int = 64) -> list[list[float]]:
     """Scores of the images of all rows, as the saved scorer gives them."""
     training_mode(learner, False)
     found: list[list[float]] = []
     for start in range(0, len(choices), rows_at_once):
         part = choices.rows[start : start + rows_at_once]
-        pictures = [choices.pictures(start + i) for i in range(len(part))]
-        images = learner.images(learner.prepare([p for row in pictures for p in row]).to(learner.device))
+        looks = Looks(choices, range(start, start + len(part)))
+        images = learner.images(learner.prepare(looks.decode()).to(learner.device))
         texts = learner.texts([row.text for row in part])
-        for said, seen in zip(texts, images.split([len(row) for row in pictures])):
-            found.append((learner.scale() * (seen @ said)).float().tolist())
+        found += [(learner.scale() * (images[places] @ said)).float().tolist() for said, places in zip(texts, looks.places)]
     return found
 
 

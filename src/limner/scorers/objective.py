@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 from PIL import ImageOps
-from PIL.Image import Image as Picture
 from torch import Tensor, nn
 
 from limner import seeds
@@ -19,7 +18,7 @@ from limner.loop import Metrics
 from limner.recipe import ScorerSpec
 from limner.records import Choice
 from limner.scorers import losses
-from limner.scorers.choices import Choices, pairs, prompt_weights, shares
+from limner.scorers.choices import Choices, Looks, pairs, prompt_weights, shares
 from limner.scorers.learner import Learner
 
 LossName = Literal["choice_among", "pickscore", "bradley_terry", "bradley_terry_ties", "gaussian"]
@@ -160,7 +159,7 @@ class Draw:
     def _batch(self, first: int) -> Batch:
         positions = range(first, first + self.config.train_batch_size)
         units = [self._indices(position) for position in positions]
-        found = [_Looks(self.choices, indices) for indices in units]  # in one thread: shards are opened in turn
+        found = [Looks(self.choices, indices) for indices in units]  # in one thread: shards are opened in turn
         apply = map if self._workers is None else self._workers.map
         pixels = list(apply(self._prepare, found, positions))
         before = itertools.accumulate((len(x) for x in pixels[:-1]), initial=0)
@@ -174,31 +173,13 @@ class Draw:
             torch.tensor([float(self.weights[index]) for index in indices], device=device),
         )  # fmt: skip
 
-    def _prepare(self, looks: _Looks, position: int) -> Tensor:
+    def _prepare(self, looks: Looks, position: int) -> Tensor:
         c = self.config
         pictures = looks.decode()
         if bool(torch.rand((), generator=seeds.generator(c.seed, "mirror", position)) < c.mirror):
             pictures = [ImageOps.mirror(p) for p in pictures]
         pixels = self.learner.prepare(pictures)
         return shifted(pixels, c.shift, seeds.generator(c.seed, "shift", position)) if c.shift else pixels
-
-
-class _Looks:
-    """The pictures of some rows, equal ones once. places: of each row, which of them are its images."""
-
-    def __init__(self, choices: Choices, indices: Sequence[int]):
-        self.choices = choices
-        self.first: dict[bytes, tuple[int, int]] = {}  # encoded picture to the row, and which of its images, where it first stands
-        self.places: list[list[int]] = []
-        number: dict[bytes, int] = {}
-        for index in indices:
-            encoded = choices.encoded(index)
-            for k, data in enumerate(encoded):
-                self.first.setdefault(data, (index, k))
-            self.places.append([number.setdefault(data, len(number)) for data in encoded])
-
-    def decode(self) -> list[Picture]:
-        return [self.choices.decode_one(index, k, data) for data, (index, k) in self.first.items()]
 
 
 def units_of(rows: Sequence[Choice], chosen: Sequence[int], config: TrainScorer) -> list[list[int]]:
