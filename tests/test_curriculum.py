@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from limner.examples.curriculum import Candidates, build_stage, make_examples, pick, selectable
+from limner.pool.steps import latents_table
 from limner.recipe import Source, Stage
 from limner.records import Example, Image, Prompt, Score, to_table
-from limner.store import input_hash, is_complete, open_step, read_manifest, read_rows
+from limner.store import input_hash, is_complete, open_step, read_manifest, read_rows, shards
 
 BEST, WORST = Source(source="pool", pick="best", by="s"), Source(source="pool", pick="worst", by="s")
 RECONSTRUCTION = Source(source="reconstruction", t=[400, 700], by="s")
@@ -55,7 +58,7 @@ def test_best_and_worst_and_ties() -> None:
 
 
 def test_what_an_example_says() -> None:
-    c = candidates({"a": [0.2, 0.9]}, latents={"a/1": (b"\0" * 16, (4, 1, 1))})
+    c = candidates({"a": [0.2, 0.9]})
     found = pick(BEST, "a", c, "winner")
     assert found == Example(
         group="a",
@@ -63,14 +66,9 @@ def test_what_an_example_says() -> None:
         image_id="a/1",
         text="text of a",
         image=b"a1",
-        latents=b"\0" * 16,
-        shape=(4, 1, 1),
         score=0.9,
         source="pool",
     )
-    worst = pick(WORST, "a", c, "loser")
-    assert isinstance(worst, Example)
-    assert (worst.latents, worst.shape) == (None, ())
 
 
 def test_reconstructions_are_chosen_among_the_named_timesteps() -> None:
@@ -176,6 +174,36 @@ def test_the_step_writes_pairs_and_counts(folders: dict[str, Path], tmp_path: Pa
     (out / "manifest.json").write_text((out / "manifest.json").read_text().replace('"complete": true', '"complete": false'))
     assert examples_of(folders, stage, out) == wanted, "after a kill between shard and manifest"
     assert {p: p.read_bytes() for p in out.iterdir()} == before
+
+
+def test_only_what_was_chosen_is_read_with_its_latents(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each group in a shard of its own, one of them made again. Then a stage that takes the first one's winners, and real images."""
+    latents = latents_table([(f"{p}/1", torch.full((2, 1, 1), float(n))) for n, p in enumerate("ab")])
+    step = open_step(folders["pool"], "pool", {}, {})
+    step.write(0, latents, "latents")
+    step.finish({})
+    monkeypatch.setattr("limner.examples.curriculum.SHARD", 1)
+    out = tmp_path / "out"
+    examples_of(folders, Stage(winner=BEST, loser=WORST), out)
+    found = list(read_rows(out, Example))
+    assert [p.name for p in shards(out)] == ["part-00000.parquet", "part-00001.parquet"]
+    assert [(e.image_id, e.image) for e in found] == [("a/1", b"a1"), ("a/0", b"a0"), ("b/1", b"b1"), ("b/0", b"b0")]
+    numbers = [e.latents and np.frombuffer(e.latents, np.float32).tolist() for e in found]
+    assert numbers == [[0, 0], None, [1, 1], None] and [e.shape for e in found] == [(2, 1, 1), (), (2, 1, 1), ()]
+    before = {p: p.read_bytes() for p in out.iterdir()}
+    shards(out)[1].unlink()
+    (out / "manifest.json").write_text((out / "manifest.json").read_text().replace('"complete": true', '"complete": false'))
+    examples_of(folders, Stage(winner=BEST, loser=WORST), out)
+    assert {p: p.read_bytes() for p in out.iterdir()} == before
+
+    step = open_step(tmp_path / "photos", "prompts", {}, {})
+    step.write(0, to_table(Prompt, [Prompt(id=p, text=p, image=f"photo {p}".encode() if p != "b" else None) for p in "abc"]))
+    step.finish({})
+    hard = Stage(winner=Source(source="real"), loser=Source(source="easy", role="winner"))
+    counts = make_examples("hard", hard, tmp_path / "hard", prompts=tmp_path / "photos", sources={}, scores=[], stages={"easy": out})
+    assert counts == {"kept": 1, "winner: no real image": 1, "loser: no example of stage easy": 1}
+    winner, loser = read_rows(tmp_path / "hard", Example)
+    assert (winner.image, winner.latents, loser.image, loser.latents) == (b"photo a", None, b"a1", found[0].latents)
 
 
 def test_another_rule_in_the_same_folder_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,6 +148,18 @@ OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "no model": (["--model.path", "nowhere"], ["model.path: nowhere is neither a folder nor a file", "model.hub"]),
     "no scorer": (["--scorers.picker.path", "nowhere"], ["scorers.picker.path: nowhere has no config.json"]),
     "shard": (["--shard", "3/2"], ["--shard 3/2"]),
+    "no batch": (["--sampler.batch_size", "0"], ["sampler.batch_size: 0; expected at least 1"]),
+    "no accumulation": (
+        ["--stages.hard.learn.gradient_accumulation_steps", "0"],
+        ["stages.hard.learn.gradient_accumulation_steps: 0; expected at least 1"],
+    ),
+    "a reader that scores": (["--scorers.judge.kind", "reader"], ["evaluate.judge: judge is a reader", "only goes under evaluate.reader"]),
+    "a scorer that reads": (["--evaluate.reader", "judge"], ["evaluate.reader: no scorer 'judge' of kind reader"]),
+    "a pick that is none": (["--stages.easy.winner.pick", "all"], ["pick", "best", "worst"]),
+    "grids of nothing": (
+        ["--data.validation", "", "--stages.easy.learn.sample_steps", "5"],
+        ["data.validation: not set; stages.easy.learn.sample_steps"],
+    ),
 }
 
 
@@ -175,6 +188,7 @@ def test_an_unknown_stage(world: World) -> None:
         (["--seed", "1"], "config.seed: was 0, now 1"),
         (["--data.resolution", "24"], "config.resolution: was 16, now 24"),
         (["--data.max_train_prompts", "3"], "config.rows: was 6, now 3"),
+        (["--data.caption_column", "other"], "config.caption_column: was '', now 'other'"),
         (["--sampler.guidance_scale", "3"], "config.sampler.guidance_scale: was 2.0, now 3.0"),
         (["--pool.images_per_prompt", "2"], "config.images_per_prompt: was 3, now 2"),
     ],
@@ -192,6 +206,42 @@ def test_steps_out_of_order(world: World) -> None:
     assert "run the step that makes it first" in world.fails("train", "--stage", "easy")
     assert "run the step that makes it first" in world.fails("score")
     assert "run `limner evaluate` first" in world.fails("report")
+    assert "generate/test/base is not complete; run `limner generate` first" in world.fails("evaluate")
+
+
+def test_a_pool_goes_on_with_another_batch_size(pooled: World) -> None:
+    """It only changes how much memory drawing takes, which may have been why the first run stopped."""
+    last = max((pooled.out / "pool").glob("*.parquet"))
+    last.unlink()
+    manifest = pooled.out / "pool/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"complete": true', '"complete": false'))
+    assert pooled.run("pool", "--sampler.batch_size", "1") == 0
+    assert last.is_file()
+
+
+def test_a_stage_that_failed_at_its_first_step_takes_another_configuration(pooled: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pooled.run("reconstruct") == pooled.run("score") == pooled.run("examples", "--stage", "easy") == 0
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    easy = ("train", "--stage", "easy")
+    assert "use_8bit_adam: bitsandbytes is not installed" in pooled.fails(*easy, "--stages.easy.learn.use_8bit_adam", "true")
+    assert pooled.run(*easy) == 0, "as the message says: it can be set to false"
+    assert "was trained with another configuration" in pooled.fails(*easy, "--stages.easy.learn.beta", "7")
+    shutil.rmtree(pooled.out / "train/easy/checkpoint-1")
+    shutil.rmtree(pooled.out / "train/easy/checkpoint-2")
+    assert pooled.run("examples", "--stage", "normal") == 0
+    assert "stage easy is trained, but" in (message := pooled.fails("train", "--stage", "normal")) and "no checkpoint to go on" in message
+    assert "train/easy was trained with another" in pooled.fails(*easy, "--stages.easy.learn.beta", "7"), "its adapter is there"
+
+
+def test_what_a_run_needs_is_asked_for_before_hours_of_drawing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("limner.checks.find_spec", lambda name: None)
+    for command in (("run",), ("run", "--dry_run")):
+        message = world.fails(*command, "--stages.normal.learn.use_8bit_adam", "true")
+        assert "stages.normal.learn.use_8bit_adam: bitsandbytes is not installed" in message
+    grids, nowhere = ("--stages.easy.learn.sample_steps", "1"), str(world.folder / "nowhere")
+    assert "nowhere" in world.fails("run", *grids, "--data.validation", nowhere)
+    assert "nowhere" in world.fails("run", "--dry_run", *grids, "--data.validation", nowhere)
+    assert not (world.out / "pool").exists()
 
 
 def test_a_truncated_shard(pooled: World) -> None:

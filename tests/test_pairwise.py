@@ -98,7 +98,8 @@ def test_who_reads_it(server: Server, tmp_path: Path, capsys: pytest.CaptureFixt
     found = load_candidates(tmp_path / "prompts", {"feedback": preferred / "images"}, [preferred / "scores"], {})
     assert found.scores == {("feedback", n): s for n, s in {"m0": 0, "m1": 1, "m2": 0.5, "t0": 1, "t1": 0}.items()}
     best = pick(Source(source="feedback"), "p/a man", found, "winner")
-    assert not isinstance(best, str) and (best.image_id, best.image, best.score) == ("m1", png(picture(200)), 1)
+    assert not isinstance(best, str) and (best.image_id, best.image, best.score) == ("m1", b"", 1)
+    assert found.pictures.fill(best).image == png(picture(200))
 
 
 def test_a_model_that_goes_by_place_gives_ties(server: Server, tmp_path: Path) -> None:

@@ -13,36 +13,33 @@ from chain import write_recipe
 from limner.cli import main
 
 
-def test_two_processes_train_what_one_with_two_micro_batches_trains(tmp_path):
-    """Two processes of one pair each against one process that accumulates two: same global batches, gradients averaged."""
-    learn = {"max_train_steps": 2, "train_batch_size": 1, "rank": 2, "learning_rate": 1e-3}
-    stage = {"winner": {"from": "pool", "pick": "best", "by": "picker"}, "loser": {"from": "pool", "pick": "worst", "by": "picker"}}
+def test_two_processes_run_what_one_with_two_micro_batches_runs(tmp_path):
+    """Two processes of one pair each against one process that accumulates two: same global batches, gradients averaged; a second stage
+    and grids of samples, which one process draws while the other waits."""
+    learn = {"max_train_steps": 2, "train_batch_size": 1, "rank": 2, "learning_rate": 1e-3, "sample_steps": 1}
+    pair = {"winner": {"from": "pool", "pick": "best", "by": "picker"}, "loser": {"from": "pool", "pick": "worst", "by": "picker"}}
     logs = []
     for name, accumulation in (("one", 2), ("two", 1)):
-        recipe = str(
-            write_recipe(
-                tmp_path,
-                output_dir=str(tmp_path / name),
-                stages={"easy": {**stage, "learn": {**learn, "gradient_accumulation_steps": accumulation}}, "normal": None, "hard": None},
-            )
-        )
-        for command in ("pool", "score", "examples"):
-            assert main([command, "--config", recipe]) == 0
+        stage = {**pair, "learn": {**learn, "gradient_accumulation_steps": accumulation}}
+        stages = {"easy": stage, "normal": {**stage, "start": "easy"}, "hard": None}
+        recipe = str(write_recipe(tmp_path, output_dir=str(tmp_path / name), stages=stages))
         if name == "one":
-            assert main(["train", "--config", recipe]) == 0
+            assert main(["run", "--config", recipe]) == 0
         else:
             # accelerate launch on GPUs is the same; --standalone finds itself a free port
             launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1", "--nproc_per_node", "2"]
             done = subprocess.run(
-                [*launch, "-m", "limner.cli", "train", "--config", recipe],
+                [*launch, "-m", "limner.cli", "run", "--config", recipe],
                 capture_output=True,
                 text=True,
-                timeout=180,
+                timeout=240,
                 env={**os.environ, "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "lo"},
             )
             assert done.returncode == 0, done.stderr
+            assert done.stdout.count("evaluate: base") == 1, "one of them evaluates"
         logs.append([json.loads(line) for line in (tmp_path / name / "train/easy/log.jsonl").read_text().splitlines()])
-        assert (tmp_path / name / "train/easy/adapter/pytorch_lora_weights.safetensors").is_file()
+        assert (tmp_path / name / "train/normal/adapter/pytorch_lora_weights.safetensors").is_file()
+        assert (tmp_path / name / "train/normal/samples/step-000002.png").is_file() and (tmp_path / name / "report.html").is_file()
     # The first gradient tells: equal batches, equal noise, gradients averaged. Weights do not: Adam turns rounding into whole steps.
     for metric in ("loss", "winner_error_difference", "loser_error_difference", "grad_norm"):
         assert logs[1][0][metric] == pytest.approx(logs[0][0][metric], rel=1e-4, abs=1e-7), metric

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -59,6 +62,35 @@ def test_other_errors_leave_nothing_half_written(tmp_path: Path, monkeypatch: py
     with pytest.raises(OSError, match="Input/output"):
         write_atomic(tmp_path / "a", b"x")
     assert everything(tmp_path) == []
+
+
+def test_several_processes_may_write_one_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here one that writes while another has opened its file and not yet renamed it."""
+    step, rename = open_step(tmp_path / "s", "pool", {}, {}), Path.rename
+    others = iter([True])
+
+    def slow(self: Path, target: Path) -> Path:
+        if next(others, False):
+            monkeypatch.setattr(os, "getpid", lambda: 1)
+            step.write(0, table("a"))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", slow)
+    step.write(0, table("a"))
+    assert read_table(step.shard(0)) == table("a") and not list(step.folder.glob("*.partial"))
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    host = socket.gethostname().replace(".", "_")
+    gone, living, elsewhere = (
+        tmp_path / f".part-00000.parquet.{who}.partial" for who in (f"{host}-{dead.pid}", f"{host}-{os.getpid()}", f"other-{dead.pid}")
+    )
+    for path in (gone, living, elsewhere):
+        path.write_bytes(b"half")
+    open_step(tmp_path, "pool", {}, {})
+    assert sorted(tmp_path.glob(".*.partial")) == sorted([living, elsewhere])
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-7], lambda b: b[:50] + bytes([b[50] ^ 1]) + b[51:], lambda b: b""])

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from functools import reduce
+from importlib.util import find_spec
+from typing import Any
 
 from limner.recipe import BASE, Recipe, Source, Stage
 
 CLIPS = ("clip", "clip_cosine", "clip_score", "clip_score_w", "hps_v1", "hps_v2", "hps_v2_1", "pickscore")  # whose images are vectors
+AT_LEAST_ONE = ("sampler.num_inference_steps", "sampler.batch_size", "pool.prompts_per_shard")
+LEARN_AT_LEAST_ONE = (
+    "rank", "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "checkpoints_total_limit",
+)  # fmt: skip
 SOURCES = ("pool", "reconstruction", "real", "feedback")  # of a winner or loser; further ones are earlier stages
 
 
@@ -16,6 +23,10 @@ def check(recipe: Recipe) -> None:
     Raises:
         ValueError: with the dotted path of the field and what was expected.
     """
+    for path in AT_LEAST_ONE:
+        value: Any = reduce(getattr, path.split("."), recipe)
+        if value < 1:
+            raise ValueError(f"{path}: {value}; expected at least 1")
     if recipe.pool.images_per_prompt < 2:
         raise ValueError(f"pool.images_per_prompt: {recipe.pool.images_per_prompt}; a pair needs at least 2")
     if len(recipe.pool.guidance_scales) > recipe.pool.images_per_prompt:
@@ -39,26 +50,44 @@ def check(recipe: Recipe) -> None:
             raise ValueError(f"{at}.loser: not set; loss dpo compares a winner with a loser")
         if stage.learn.reference == "start" and not stage.start:
             raise ValueError(f"{at}.learn.reference: start needs {at}.start")
+        if stage.learn.sample_steps and not recipe.data.validation:
+            raise ValueError(f"data.validation: not set; {at}.learn.sample_steps draws grids of its captions (0 = none)")
         for role, source in (("winner", stage.winner), ("loser", stage.loser)):
             if source is not None:
                 _check_source(f"{at}.{role}", source, recipe, earlier)
         if stage.keep == "winner_not_worse" and not any(s.by for s in stage.sources):
             raise ValueError(f"{at}.keep: winner_not_worse needs a scorer: set {at}.winner.by")
         for scorer in stage.wins_on:
-            if scorer not in recipe.scorers:
-                raise ValueError(f"{at}.wins_on: no scorer {scorer!r} under scorers ({', '.join(recipe.scorers) or 'none'})")
+            _check_scorer(f"{at}.wins_on", scorer, recipe)
         earlier.append(name)
-    for key in ("preference", "judge", "reader", "features"):
-        if (scorer := getattr(recipe.evaluate, key)) and scorer not in recipe.scorers:
-            raise ValueError(f"evaluate.{key}: no scorer {scorer!r} under scorers ({', '.join(recipe.scorers) or 'none'})")
+    for key in ("preference", "judge", "features"):
+        _check_scorer(f"evaluate.{key}", getattr(recipe.evaluate, key), recipe)
+    if (reader := recipe.evaluate.reader) and (reader not in recipe.scorers or recipe.scorers[reader].kind != "reader"):
+        raise ValueError(f"evaluate.reader: no scorer {reader!r} of kind reader under scorers ({', '.join(recipe.scorers) or 'none'})")
     if (features := recipe.evaluate.features) and (kind := recipe.scorers[features].kind) not in CLIPS:
         raise ValueError(f"evaluate.features: {features} is of kind {kind}; expected one of {', '.join(CLIPS)}")
     if features and recipe.evaluate.reader:
         warnings.warn("evaluate.features: ignored; the reader has its own", stacklevel=2)
 
 
+def check_packages(recipe: Recipe) -> None:
+    """That packages which only some recipes need are there, before hours of drawing.
+
+    Raises:
+        ValueError: names the field and what to install.
+    """
+    for name, stage in recipe.stages.items():
+        if stage.learn.use_8bit_adam and find_spec("bitsandbytes") is None:
+            raise ValueError(
+                f"stages.{name}.learn.use_8bit_adam: bitsandbytes is not installed; pip install bitsandbytes, or set it to false"
+            )
+
+
 def _check_learn(at: str, stage: Stage, recipe: Recipe) -> None:
     learn = stage.learn
+    for key in LEARN_AT_LEAST_ONE:
+        if getattr(learn, key) < 1:
+            raise ValueError(f"{at}.{key}: {getattr(learn, key)}; expected at least 1")
     if not 0 <= learn.min_timestep < learn.max_timestep <= 1000:
         raise ValueError(f"{at}.min_timestep, max_timestep: {learn.min_timestep}, {learn.max_timestep} lie outside the schedule 0..1000")
     if learn.loss == "sft":
@@ -96,5 +125,12 @@ def _check_source(at: str, source: Source, recipe: Recipe, earlier: list[str]) -
     scored = source.source in ("pool", "reconstruction") and not (source.source == "reconstruction" and len(source.t) == 1)
     if scored and not source.by:
         raise ValueError(f"{at}.by: not set; which scorer picks the {source.pick}?")
-    if source.by and source.by not in recipe.scorers:
-        raise ValueError(f"{at}.by: no scorer {source.by!r} under scorers ({', '.join(recipe.scorers) or 'none'})")
+    _check_scorer(f"{at}.by", source.by, recipe)
+
+
+def _check_scorer(at: str, name: str, recipe: Recipe) -> None:
+    """That a name ("" = none) is that of a scorer, which a reader is not."""
+    if name and name not in recipe.scorers:
+        raise ValueError(f"{at}: no scorer {name!r} under scorers ({', '.join(recipe.scorers) or 'none'})")
+    if name and recipe.scorers[name].kind == "reader":
+        raise ValueError(f"{at}: {name} is a reader, which gives no score; it only goes under evaluate.reader")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from limner.checks import check_packages
 from limner.recipe import Learn, Recipe
 from limner.steps.judge import DIVERSITY_SEEDS
 from limner.steps.learn import GRID
@@ -133,7 +134,8 @@ def check_inputs(run: Run) -> tuple[Counts, Prompt]:
     r, data = run.recipe, run.recipe.data
     found: dict[str, int] = {}
     first: Prompt | None = None
-    for split in dict.fromkeys(["train", r.evaluate.split]):
+    check_packages(r)
+    for split in run.splits:
         found[split] = 0
         needed = split == "train" and (run.uses("reconstruction") or run.uses("real"))
         for prompt in iter_prompts(

@@ -154,7 +154,7 @@ class Source:
         source: pool, reconstruction, real, feedback (what raters preferred, see `feedback` of the recipe), or the name of an earlier
             stage. Written `from` in YAML.
         model: of a pool: the earlier stage that draws it ("" = the base model), so that a stage learns from its own start's images.
-        pick: best or worst by score; all.
+        pick: best or worst by score.
         by: a scorer's name under `scorers`.
         t: re-noising timesteps of reconstructions to choose from.
         role: of an earlier stage: its winner or its loser.
@@ -162,7 +162,7 @@ class Source:
 
     source: str = "pool"
     model: str = ""
-    pick: Literal["best", "worst", "all"] = "best"
+    pick: Literal["best", "worst"] = "best"
     by: str = ""
     t: list[int] = field(default_factory=list)
     role: Literal["", "winner", "loser"] = ""

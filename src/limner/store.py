@@ -14,6 +14,7 @@ import errno
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
@@ -34,13 +35,16 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
+def write_atomic(path: Path, data: bytes | str, writer: str = "") -> None:
     """Write a file so that it is there whole or not at all.
+
+    Args:
+        writer: tells this process from others that may write the same file at the same time.
 
     Raises:
         ValueError: the disk is full; says so and names the file. Nothing half-written is left.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}{writer and '.' + writer}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as f:
@@ -55,6 +59,30 @@ def write_atomic(path: Path, data: bytes | str) -> None:
                 f"no space left to write {path}; free some and run the same command again, finished shards are kept"
             ) from error
         raise
+
+
+def _writer() -> str:
+    """This process among all that share a disk."""
+    return f"{socket.gethostname().replace('.', '_')}-{os.getpid()}"
+
+
+def _remove_stale(folder: Path) -> None:
+    """What processes of this machine that are no more left half-written."""
+    host = _writer().rpartition("-")[0]
+    for left in folder.glob(".*.partial"):
+        where, _, pid = left.name.removesuffix(".partial").rpartition(".")[2].rpartition("-")
+        if where == host and pid.isdigit() and not _alive(int(pid)):
+            left.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 class Step:
@@ -77,14 +105,14 @@ class Step:
         pq.write_table(table, sink, compression="zstd", write_statistics=False)
         data = sink.getvalue().to_pybytes()
         path = self.shard(index, name)
-        write_atomic(path, data)
-        write_atomic(_checksum_file(path), f"{hashlib.sha256(data).hexdigest()}  {path.name}\n")
+        write_atomic(path, data, _writer())
+        write_atomic(_checksum_file(path), f"{hashlib.sha256(data).hexdigest()}  {path.name}\n", _writer())
 
     def finish(self, counts: Mapping[str, Any]) -> None:
         """Record the shards' checksums and what was counted; the step is then complete."""
         shards = {p.name: _checksum_file(p).read_text().split()[0] for p in sorted(self.folder.glob("*.parquet"))}
         done = {**self.manifest, "complete": True, "shards": shards, "counts": dict(counts)}
-        write_atomic(self.folder / "manifest.json", _json(done))
+        write_atomic(self.folder / "manifest.json", _json(done), _writer())
 
 
 def open_step(folder: Path, kind: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> Step:
@@ -100,11 +128,12 @@ def open_step(folder: Path, kind: str, config: Mapping[str, Any], inputs: Mappin
     """
     wanted = {"kind": kind, "config": json.loads(json.dumps(config)), "inputs": dict(inputs)}
     path = folder / "manifest.json"
+    _remove_stale(folder)
     if path.is_file():
         found = read_manifest(folder)
         changed = list(differences({k: found.get(k) for k in wanted}, wanted))
         if changed and not found.get("complete") and not any(folder.glob("*.parquet")):  # failed before it made anything
-            write_atomic(path, _json({**wanted, "versions": versions()}))
+            write_atomic(path, _json({**wanted, "versions": versions()}), _writer())
             return Step(folder, {**wanted, "versions": versions()})
         if changed:
             raise ValueError(
@@ -116,7 +145,7 @@ def open_step(folder: Path, kind: str, config: Mapping[str, Any], inputs: Mappin
     if folder.is_dir() and any(folder.glob("*.parquet")):
         raise ValueError(f"{folder} has shards but no manifest.json; it is not a step's folder, choose another output_dir")
     manifest = {**wanted, "versions": versions()}
-    write_atomic(path, _json(manifest))
+    write_atomic(path, _json(manifest), _writer())
     return Step(folder, manifest)
 
 

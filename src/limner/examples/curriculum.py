@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -11,43 +11,67 @@ from pathlib import Path
 import pyarrow as pa
 
 from limner.engine import Progress, run_shards
+from limner.examples.pictures import Pictures
 from limner.recipe import Source, Stage
-from limner.records import Example, Image, Prompt, Score, to_table
+from limner.records import Example, Image, Prompt, Row, Score, from_table, to_table
 from limner.scorers.combine import dominates
 from limner.scorers.steps import FEEDBACK  # also the name of the source: what raters or a judge saw
 from limner.store import input_hash, is_complete, open_step, read_manifest, read_rows, read_table, shards
 
+SHARD = 256  # groups
+
 
 @dataclass
 class Candidates:
-    """What a stage can choose from, in memory: prompts, images by source and prompt, scores and kept latents by image id.
+    """What a stage can choose from, in memory: prompts, images by source and prompt, scores by image id.
 
     images: {"pool", "pool-easy", "reconstruction" or "feedback": {prompt id: images}}; scores: {(scorer, image id): score};
-    stages: examples of earlier stages, {stage: {(group, role): example}}.
+    stages: examples of earlier stages, {stage: {(group, role): example}}; pictures: where the bytes of those read by `load_candidates`
+    lie, which are b"" here.
     """
 
     prompts: dict[str, Prompt]
     images: dict[str, dict[str, list[Image]]]
     scores: dict[tuple[str, str], float]
-    latents: dict[str, tuple[bytes, tuple[int, ...]]] = field(default_factory=dict)
     stages: dict[str, dict[tuple[str, str], Example]] = field(default_factory=dict)
+    pictures: Pictures = field(default_factory=Pictures)
 
 
 def load_candidates(prompts: Path, sources: Mapping[str, Path], scores: Sequence[Path], stages: Mapping[str, Path]) -> Candidates:
-    """Read the folders that stages choose from; `stages` are the example folders of earlier ones."""
-    known = {p.id: p for p in read_rows(prompts, Prompt)}
+    """Read the folders that stages choose from, without the pictures; `stages` are the example folders of earlier ones."""
+    pictures = Pictures()
+    known: dict[str, Prompt] = {}
+    for path, part, there in _read_without(prompts, Prompt, "image"):
+        known |= {p.id: replace(p, image=b"" if has else None) for p, has in zip(part, there)}
+        pictures.add_images(path, [f"{p.id}/real" for p in part])
     images: dict[str, dict[str, list[Image]]] = {}
-    latents: dict[str, tuple[bytes, tuple[int, ...]]] = {}
     for name, folder in sources.items():
         groups = images.setdefault(name, {})
-        for image in read_rows(folder, Image):
-            groups.setdefault(image.prompt_id, []).append(image)
+        for path, some, _ in _read_without(folder, Image, "image"):
+            for image in some:
+                groups.setdefault(image.prompt_id, []).append(image)
+            pictures.add_images(path, [i.id for i in some])
         for path in shards(folder, "latents"):
-            table = read_table(path)
-            latents |= {r["image_id"]: (r["latents"], tuple(r["shape"])) for r in table.to_pylist()}
+            pictures.add_latents(path, read_table(path, ["image_id"]).column("image_id").to_pylist())
     numbers = {(s.scorer, s.image_id): s.score for folder in scores for s in read_rows(folder, Score) if s.score is not None}
-    earlier = {name: {(e.group, e.role): e for e in read_rows(folder, Example)} for name, folder in stages.items()}
-    return Candidates(known, images, numbers, latents, earlier)
+    earlier: dict[str, dict[tuple[str, str], Example]] = {}
+    for name, folder in stages.items():
+        found = earlier.setdefault(name, {})
+        for path, examples, _ in _read_without(folder, Example, "image", "latents"):
+            found |= {(e.group, e.role): e for e in examples}
+            pictures.add_images(path, [e.image_id for e in examples])
+            pictures.add_latents(path, [e.image_id if e.shape else None for e in examples])
+    return Candidates(known, images, numbers, earlier, pictures)
+
+
+def _read_without(folder: Path, kind: type[Row], image: str, *more: str) -> Iterator[tuple[Path, list[Row], list[bool]]]:
+    """The shards of a folder: their rows, in which a column of pictures is b"" (further ones are left out), and whether there is one."""
+    for path in shards(folder):
+        table = read_table(path)
+        there = table.column(image).is_valid().to_pylist()
+        place = table.schema.get_field_index(image)
+        empty = pa.array([b""] * len(table), pa.binary())
+        yield path, from_table(kind, table.set_column(place, image, empty).drop_columns(list(more)), str(path)), there
 
 
 def pick(source: Source, prompt_id: str, candidates: Candidates, role: str) -> Example | str:
@@ -83,8 +107,7 @@ def pick(source: Source, prompt_id: str, candidates: Candidates, role: str) -> E
         sign = 1 if source.pick == "best" else -1
         score, n = max(scored, key=lambda s: (sign * s[0], -s[1]))
         image = images[n]
-    data, shape = c.latents.get(image.id, (None, ()))
-    return new(image_id=image.id, image=image.image, latents=data, shape=shape, score=score, source=source.source)
+    return new(image_id=image.id, image=image.image, score=score, source=source.source)
 
 
 def build_stage(stage: Stage, candidates: Candidates, prompt_ids: Sequence[str]) -> tuple[list[Example], Counter[str]]:
@@ -150,21 +173,21 @@ def make_examples(
 
     if is_complete(folder):
         return Counter(read_manifest(folder)["counts"])
-    if step.has(0):  # killed between shard and manifest: what was dropped has to be counted again
-        step.shard(0).unlink()
-    counts: Counter[str] = Counter()
+    candidates = load_candidates(prompts, sources, scores, stages)
+    ids = [p for p in candidates.prompts if not sources or any(p in groups for groups in candidates.images.values())]
+    examples, counts = build_stage(stage, candidates, ids)
+    if not counts["kept"]:
+        raise ValueError(f"stage {name}: no example is left; dropped: {', '.join(f'{k} ({v})' for k, v in counts.items())}")
 
-    def work(_: int, task: Path, progress: Progress) -> dict[str, pa.Table]:
-        candidates = load_candidates(task, sources, scores, stages)
-        ids = [p for p in candidates.prompts if not sources or any(p in groups for groups in candidates.images.values())]
-        examples, found = build_stage(stage, candidates, ids)
-        if not found["kept"]:
-            raise ValueError(f"stage {name}: no example is left; dropped: {', '.join(f'{k} ({v})' for k, v in found.items())}")
-        counts.update(found)
-        progress(1)
-        return {"part": to_table(Example, examples)}
+    def work(_: int, part: Sequence[Example], progress: Progress) -> dict[str, pa.Table]:
+        filled = []
+        for example in part:
+            filled.append(candidates.pictures.fill(example))
+            progress(1)
+        return {"part": to_table(Example, filled)}
 
-    run_shards(step, [prompts], work, name=f"examples {name}")
+    a_shard = SHARD * (2 if stage.loser else 1)
+    run_shards(step, [examples[i : i + a_shard] for i in range(0, len(examples), a_shard)], work, units=len, name=f"examples {name}")
     step.finish(dict(counts))
     return counts
 

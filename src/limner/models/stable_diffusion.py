@@ -209,7 +209,7 @@ def wrap(
         raise ValueError(f"model.path: prediction type {prediction!r} of {source} is not supported; expected epsilon or v_prediction")
     return Pipeline(
         pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, schedule.alphas_cumprod.to(where), prediction, config,
-        weights_hash(pipe.unet), source, where, dtype,
+        weights_hash(pipe.unet, pipe.vae, pipe.text_encoder), source, where, dtype,
     )  # fmt: skip
 
 
@@ -229,11 +229,12 @@ def pick_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def weights_hash(module: nn.Module) -> str:
-    """Sixteen hex digits that name a module's weights."""
+def weights_hash(*modules: nn.Module) -> str:
+    """Sixteen hex digits that name the weights of modules."""
     digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        flat = value.detach().float().cpu().contiguous()
-        digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(flat.numpy().tobytes())
+    for module in modules:
+        for name, value in sorted(module.state_dict().items()):
+            flat = value.detach().float().cpu().contiguous()
+            digest.update(f"{name}{tuple(value.shape)}".encode())
+            digest.update(flat.numpy().tobytes())
     return digest.hexdigest()[:16]

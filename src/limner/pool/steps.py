@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,37 +28,48 @@ LATENTS = pa.schema([("image_id", pa.string()), ("latents", pa.binary()), ("shap
 
 def prompts_config(data: Data, source: str, seed: int) -> dict[str, Any]:
     """What decides how a split is materialised, apart from its rows."""
-    return {"source": source, "resolution": data.resolution, "crop": data.crop, "aspect_buckets": data.aspect_buckets, "seed": seed}
+    return {
+        "source": source, "resolution": data.resolution, "crop": data.crop, "aspect_buckets": data.aspect_buckets, "seed": seed,
+        "caption_column": data.caption_column, "image_column": data.image_column,
+    }  # fmt: skip
 
 
 def write_prompts(
-    prompts: Sequence[Prompt], data: Data, folder: Path, seed: int, source: str, limit: int = 0, per_shard: int = 256,
+    read: Callable[[], Iterable[Prompt]], data: Data, folder: Path, seed: int, source: str, limit: int = 0, per_shard: int = 256,
     where: Callable[[str], str] = "image of {}".format,
 ) -> None:  # fmt: skip
     """Materialise a split: captions, and real images cut once to the training size (so that nothing later crops).
 
     Args:
+        read: gives the prompts, from their beginning; called twice, so that photos need not fit into memory.
         where: the prompt of an id to where it stands, for messages.
 
     Raises:
         ValueError: an image cannot be read.
     """
-    config = {**prompts_config(data, source, seed), "rows": len(prompts)}
-    step = open_step(folder, "prompts", config, {"texts": f"{seeds.seed_of(*[p.text for p in prompts]):016x}"})
+    bucket_sizes(data.resolution, data.aspect_buckets)  # mistakes are said where there is no image to cut, too
+    texts, with_image = [], 0
+    for prompt in read():
+        texts.append(prompt.text)
+        with_image += prompt.image is not None
+    config = {**prompts_config(data, source, seed), "rows": len(texts)}
+    step = open_step(folder, "prompts", config, {"texts": f"{seeds.seed_of(*texts):016x}"})
+    prompts, at = iter(read()), 0
 
-    def work(_: int, part: Sequence[Prompt], progress: Progress) -> dict[str, pa.Table]:
+    def work(_: int, span: range, progress: Progress) -> dict[str, pa.Table]:
+        nonlocal at
         rows = []
-        for prompt in part:
+        for prompt in islice(prompts, span.start - at, span.stop - at):
             try:
                 rows.append(cut(prompt, data, seed))
             except ValueError as error:
                 raise ValueError(f"{where(prompt.id)}: {error}") from error
             progress(1)
+        at = span.stop
         return {"part": to_table(Prompt, rows)}
 
-    tasks = [prompts[i : i + per_shard] for i in range(0, len(prompts), per_shard)]
-    if run_shards(step, tasks, work, units=len, name=f"prompts {folder.name}"):
-        step.finish({"prompts": len(prompts), "limit": limit, "with_image": sum(p.image is not None for p in prompts)})
+    if run_shards(step, spans(len(texts), per_shard), work, units=len, name=f"prompts {folder.name}"):
+        step.finish({"prompts": len(texts), "limit": limit, "with_image": with_image})
 
 
 def cut(prompt: Prompt, data: Data, seed: int) -> Prompt:
@@ -86,7 +98,7 @@ def make_pool(
     sampler: Sampler,
     images_per_prompt: int,
     guidance_scales: Sequence[float] = (),
-    resolution: int,
+    size: tuple[int, int],
     seed: int,
     prompts_per_shard: int = 32,
     limit: int = 0,
@@ -101,6 +113,7 @@ def make_pool(
     Args:
         kind: pool or generate.
         guidance_scales: of each of a prompt's images; empty = the sampler's.
+        size: (width, height) of the images of prompts that have no real one; others are as large as theirs.
         select: image rows of a shard to the ids whose latents are kept (those that a stage may pick).
         model: identity of the weights; by default the pipeline's.
         drawn_by: of a pool: the stage whose model this is; keeps its images' ids apart from the base's.
@@ -108,10 +121,10 @@ def make_pool(
     """
     prompts = Rows(prompts_folder, Prompt, limit)
     config = {
-        "sampler": asdict(sampler), "images_per_prompt": images_per_prompt, "resolution": resolution, "seed": seed,
+        "sampler": _decides(sampler), "images_per_prompt": images_per_prompt, "size": list(size), "seed": seed,
         "model": model or pipeline.hash, "prompts_per_shard": prompts_per_shard, "prompts": len(prompts),
         "latents": "all" if keep_all_latents else "selected" if select else "none",
-        "dtype": str(pipeline.dtype), "threads": torch.get_num_threads(),
+        "dtype": str(pipeline.dtype),
     }  # fmt: skip
     config |= {"guidance_scales": list(guidance_scales)} if guidance_scales else {}
     step = open_step(folder, kind, config, {"prompts": input_hash(prompts_folder)})
@@ -119,7 +132,7 @@ def make_pool(
 
     def work(_: int, span: range, progress: Progress) -> dict[str, pa.Table]:
         chosen = prompts.read(span.start, span.stop)
-        sizes = [image_size(p.image) if p.image else (resolution, resolution) for p in chosen]
+        sizes = [image_size(p.image) if p.image else size for p in chosen]
         requests = [sample.Request(p, k, w, h, scales[k]) for p, (w, h) in zip(chosen, sizes) for k in range(images_per_prompt)]
         made = sample.sample(pipeline, requests, sampler, seed, progress)
         rows = sample.rows(requests, made, sampler, seed, model or pipeline.hash, tag=drawn_by)
@@ -132,6 +145,11 @@ def make_pool(
     tasks = spans(len(prompts), prompts_per_shard)
     if run_shards(step, tasks, work, units=lambda p: len(p) * images_per_prompt, name=folder.name, part=part):
         step.finish({"images": len(prompts) * images_per_prompt, "prompts": len(prompts)})
+
+
+def _decides(sampler: Sampler) -> dict[str, Any]:
+    """A sampler without its batch size, which only changes how fast and with how much memory images are made."""
+    return {k: v for k, v in asdict(sampler).items() if k != "batch_size"}
 
 
 def make_reconstructions(
@@ -148,8 +166,8 @@ def make_reconstructions(
         bare = next(p.id for p in read_rows(prompts_folder, Prompt) if p.image is None)
         raise ValueError(f"reconstruct: prompt {bare} has no real image; give data.train a source with images")
     config = {
-        "sampler": asdict(sampler), "timesteps": sorted(timesteps), "seed": seed, "model": pipeline.hash, "prompts": len(prompts),
-        "prompts_per_shard": prompts_per_shard, "dtype": str(pipeline.dtype), "threads": torch.get_num_threads(),
+        "sampler": _decides(sampler), "timesteps": sorted(timesteps), "seed": seed, "model": pipeline.hash, "prompts": len(prompts),
+        "prompts_per_shard": prompts_per_shard, "dtype": str(pipeline.dtype),
     }  # fmt: skip
     step = open_step(folder, "reconstruct", config, {"prompts": input_hash(prompts_folder)})
 

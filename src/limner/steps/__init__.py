@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from limner.checks import check_packages
 from limner.config import dump
 from limner.recipe import BASE
-from limner.steps.judge import evaluate, generate, report
+from limner.steps import judge, make
 from limner.steps.learn import train
-from limner.steps.make import examples, pool, prompts, reconstruct, score
+from limner.steps.processes import by_one
 from limner.steps.run import Run, resolve, stage_of
 from limner.store import write_atomic
+
+prompts, pool, reconstruct, score = by_one(make.prompts), by_one(make.pool), by_one(make.reconstruct), by_one(make.score)
+examples, generate = by_one(make.examples), by_one(judge.generate)
+evaluate, report = by_one(judge.evaluate), by_one(judge.report)
 
 
 def run_all(run: Run) -> None:
@@ -17,7 +22,8 @@ def run_all(run: Run) -> None:
     said = run.out / "recipe.yaml"
     if not said.is_file():
         write_atomic(said, dump(run.recipe))
-    prompts(run, ["train", run.recipe.evaluate.split])
+    check_packages(run.recipe)
+    prompts(run, run.splits)
     if BASE in run.recipe.stages:
         examples(run, BASE)
         train(run, BASE)

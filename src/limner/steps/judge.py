@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from limner.config import dump
 from limner.steps.make import choosing, prompts
 from limner.steps.run import FIGURES, Run, resolve
-from limner.store import write_atomic
+from limner.store import is_complete, write_atomic
 
 if TYPE_CHECKING:
     from limner.evaluation.measure import Look
@@ -37,7 +37,7 @@ def generate(run: Run, only: Sequence[str] = ()) -> None:
         for folder, count, limit in jobs:
             make_pool(
                 pipeline, run.out / "prompts" / split, folder, kind="generate", sampler=r.sampler, images_per_prompt=count,
-                resolution=r.data.resolution, seed=r.seed + 1, limit=limit, model=name, prompts_per_shard=64,
+                size=run.size, seed=r.seed + 1, limit=limit, model=name, prompts_per_shard=64,
             )  # fmt: skip
 
 
@@ -58,8 +58,10 @@ def evaluate(run: Run) -> dict[str, Any]:
     measured = []
     for model in ["base", *run.compared]:
         print(f"evaluate: {model}")
-        images = list(read_rows(run.out / "generate" / split / model, Image))
-        more = run.out / "generate" / f"{split}-diversity" / model
+        made, more = (run.out / "generate" / folder / model for folder in (split, f"{split}-diversity"))
+        if not is_complete(made) or (e.diverse_prompts and not is_complete(more)):
+            raise ValueError(f"{made if not is_complete(made) else more} is not complete; run `limner generate` first")
+        images = list(read_rows(made, Image))
         diverse = list(read_rows(more, Image)) if e.diverse_prompts else []
         measured.append(measure_images(model, images, prompts, scorers, reader, diverse, look))
     n = len(measured[0].images or [])
@@ -69,7 +71,13 @@ def evaluate(run: Run) -> dict[str, Any]:
         others = _other_real(run, split, set(prompts), n)
         reference = look([p.image or b"" for p in others]) if len(others) == n else None
         training = [p.image for p, _ in zip(read_rows(run.out / "prompts/train", Prompt), range(1000)) if p.image]
-        pca = principal_components(look(training), min(64, len(training) - 1)) if len(training) > 2 else None
+        if len(training) > 2:
+            seen = look(training)
+            pca = principal_components(seen, min(64, len(training) - 1, seen.shape[1]))
+        else:
+            print("evaluate: data.train has no images to find principal components from; the Fréchet distance is one of all features")
+        if reference is None and real is not None:
+            print(f"evaluate: data.{split} has no {n} further images to compare real ones with; set data.max_{split}_prompts to leave some")
     metrics = compare(real, measured[0], measured[1:], pca, circular(run), run.recipe.seed, run.command, reference)
     write_atomic(run.out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     return metrics

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from limner.config import dump, to_dict
 from limner.recipe import BASE
 from limner.steps.make import prompts
+from limner.steps.processes import make_accelerator
 from limner.steps.run import Run
 from limner.store import differences, input_hash, write_atomic
 
@@ -25,13 +25,10 @@ if TYPE_CHECKING:
 
 def train(run: Run, name: str) -> None:
     """Train a stage's adapter and write it in both LoRA formats, with a model card."""
-    from limner import seeds
-    from limner.models import lora
-    from limner.models.card import write_card
     from limner.records import Example
     from limner.store import read_rows
     from limner.training.losses import equivalent_betas
-    from limner.training.stage import POLICY, prepare, train_stage
+    from limner.training.stage import prepare, train_stage
 
     stage, folder = run.recipe.stages[name], run.out / "train" / name
     identity = _stage_identity(run, name)
@@ -41,7 +38,7 @@ def train(run: Run, name: str) -> None:
     accelerator = make_accelerator()
     main = accelerator is None or accelerator.is_main_process  # the one process that writes
     pipeline = run.fresh()
-    pairs = prepare(pipeline, list(read_rows(run.out / "examples" / name, Example)), run.recipe.sampler.batch_size)
+    pairs = prepare(pipeline, read_rows(run.out / "examples" / name, Example), run.recipe.sampler.batch_size)
     start = _adapter_weights(run, stage.start) if stage.start else None
     learn = stage.learn
     per_step = learn.train_batch_size * learn.gradient_accumulation_steps
@@ -59,8 +56,20 @@ def train(run: Run, name: str) -> None:
     train_stage(
         pipeline, pairs, learn, folder, stage=name, seed=run.recipe.seed, start=start, samples=samples, accelerator=accelerator,
     )  # fmt: skip
-    if not main:
-        return
+    if main:
+        _write_adapter(run, name, pipeline, identity)
+    if accelerator is not None:
+        accelerator.wait_for_everyone()  # the next stage starts from what the main process wrote
+
+
+def _write_adapter(run: Run, name: str, pipeline: Pipeline, identity: dict[str, Any]) -> None:
+    """The trained adapter in both formats, its card, and of the stage `base` the model; then the stage counts as trained."""
+    from limner import seeds
+    from limner.models import lora
+    from limner.models.card import write_card
+    from limner.training.stage import POLICY
+
+    folder = run.out / "train" / name
     lora.save_lora(folder / "adapter", pipeline.unet, POLICY, metadata={"stage": name, "recipe": run.recipe.name, "base": pipeline.hash})
     grids = sorted((folder / "samples").glob("*.png"))
     scale, blocks = run.strength(name)
@@ -87,7 +96,11 @@ def _save_tuned_base(run: Run) -> None:
     partial = run.tuned_base.with_name(".model.partial")
     for left in (partial, run.tuned_base):  # of a run that was killed here
         shutil.rmtree(left, ignore_errors=True)
-    save_pipeline(pipeline, partial)
+    try:
+        save_pipeline(pipeline, partial)
+    except Exception as error:  # safetensors raises its own kind when the disk is full
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ValueError(f"cannot write {run.tuned_base} ({error}); free some space and run the same command again") from error
     partial.rename(run.tuned_base)
 
 
@@ -114,12 +127,15 @@ def _trained(run: Run, name: str) -> bool:
 
 
 def _refuse_other(run: Run, folder: Path, identity: dict[str, Any]) -> None:
-    """A folder of another configuration is an error, not something to overwrite."""
+    """A folder of another configuration is an error, not something to overwrite; one without a checkpoint takes any."""
+    from limner import checkpoint
+
     path = folder / "identity.json"
     if path.is_file():
-        found = {k: v for k, v in json.loads(path.read_text()).items() if k != "adapter"}
+        found = json.loads(path.read_text())
+        trained = found.pop("adapter", None) or checkpoint.latest(folder)
         wanted = json.loads(json.dumps(identity))
-        if found != wanted:
+        if trained and found != wanted:
             raise ValueError(
                 f"{folder} was trained with another configuration:\n  "
                 + "\n  ".join(differences(found, wanted))
@@ -132,8 +148,12 @@ def _adapter_weights(run: Run, name: str) -> dict[str, Any]:
     from limner import checkpoint
 
     found = checkpoint.latest(run.out / "train" / name)
-    if found is None or not run.identity_of(name).get("adapter"):
+    if not run.identity_of(name).get("adapter"):
         raise ValueError(f"stage {name} is not trained; run `limner train` with --stage {name} first")
+    if found is None:
+        raise ValueError(
+            f"stage {name} is trained, but {run.out / 'train' / name} has no checkpoint to go on from; remove the folder and train it again"
+        )
     return checkpoint.load(found)[0]["adapter"]
 
 
@@ -149,8 +169,7 @@ def _sampler_grid(run: Run, pipeline: Pipeline, folder: Path) -> Callable[[int],
 
     prompts(run, ["validation"])
     chosen = [p for p, _ in zip(read_rows(run.out / "prompts/validation", Prompt), range(GRID))]
-    side = run.recipe.data.resolution
-    requests = [Request(replace(p, image=None), 0, side, side) for p in chosen]
+    requests = [Request(replace(p, image=None), 0, *run.size) for p in chosen]
     before: list[Any] = []
 
     def draw(step: int) -> None:
@@ -167,12 +186,3 @@ def _sampler_grid(run: Run, pipeline: Pipeline, folder: Path) -> Callable[[int],
         write_atomic(folder / f"step-{step:06d}.png", sheet.getvalue())
 
     return draw
-
-
-def make_accelerator() -> Any:
-    """An Accelerator under `accelerate launch` with several processes, else None."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return None
-    from accelerate import Accelerator
-
-    return Accelerator()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def prompts(run: Run, splits: Sequence[str] = ("train", "validation", "test")) -> None:
     """Write the captions (and real images in training size) of the splits that the recipe names."""
-    from limner.inputs import locate, read_prompts
+    from limner.inputs import iter_prompts, locate
     from limner.pool.steps import write_prompts
 
     data = run.recipe.data
@@ -27,8 +27,8 @@ def prompts(run: Run, splits: Sequence[str] = ("train", "validation", "test")) -
             continue
         path, columns = resolve(source, split), {"caption_column": data.caption_column, "image_column": data.image_column}
         needed = split == "train" and (run.uses("reconstruction") or run.uses("real"))
-        found = read_prompts(path, split, limit=limit, need_images=needed, **columns)
-        write_prompts(found, data, folder, run.recipe.seed, source, limit, where=partial(locate, path, split, **columns))
+        read = partial(iter_prompts, path, split, limit=limit, need_images=needed, **columns)
+        write_prompts(read, data, folder, run.recipe.seed, source, limit, where=partial(locate, path, split, **columns))
 
 
 def _has_prompts(run: Run, folder: Path, source: str, limit: int) -> bool:
@@ -62,7 +62,7 @@ def _draw(run: Run, name: str, model: str) -> None:
     pipeline, identity = run.adapted(model)
     make_pool(
         pipeline, run.out / "prompts/train", run.out / name, kind="pool", sampler=r.sampler, drawn_by=model, model=identity,
-        images_per_prompt=r.pool.images_per_prompt, guidance_scales=r.pool.turns, resolution=r.data.resolution, seed=r.seed,
+        images_per_prompt=r.pool.images_per_prompt, guidance_scales=r.pool.turns, size=run.size, seed=r.seed,
         prompts_per_shard=r.pool.prompts_per_shard, keep_all_latents=keep == "all", part=run.part,
         select=_selector(run, selectable(r.stages, model)) if keep == "selected" else None,
     )  # fmt: skip

@@ -97,6 +97,19 @@ class Run:
         """The re-noising levels that any stage uses: no others are made."""
         return sorted({t for s in self.recipe.stages.values() for r in s.sources if r.source == "reconstruction" for t in r.t})
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of images of prompts that have no real one: the first bucket's."""
+        from limner.images import bucket_sizes
+
+        return bucket_sizes(self.recipe.data.resolution, self.recipe.data.aspect_buckets)[0]
+
+    @property
+    def splits(self) -> list[str]:
+        """The splits that any step reads; grids of samples are drawn of validation captions."""
+        grids = any(stage.learn.sample_steps for stage in self.recipe.stages.values())
+        return list(dict.fromkeys(["train", *(["validation"] if grids else []), self.recipe.evaluate.split]))
+
     def uses(self, source: str) -> bool:
         return any(r.source == source for s in self.recipe.stages.values() for r in s.sources)
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -49,15 +49,15 @@ class Pairs:
         return len(self.names)
 
 
-def prepare(pipeline: Pipeline, examples: Sequence[Example], batch_size: int = 16) -> Pairs:
+def prepare(pipeline: Pipeline, examples: Iterable[Example], batch_size: int = 16) -> Pairs:
     """Group examples into pairs, encode each distinct caption once, and encode the images that brought no latents.
 
     Raises:
         ValueError: no examples, a group without a winner, groups that disagree on having a loser, a pair of two sizes.
     """
     groups: dict[str, dict[str, Example]] = {}
-    for e in examples:
-        groups.setdefault(e.group, {})["winner" if e.role == "target" else e.role] = e
+    for e in examples:  # pictures that brought their latents are not kept
+        groups.setdefault(e.group, {})["winner" if e.role == "target" else e.role] = e if e.latents is None else replace(e, image=b"")
     if not groups:
         raise ValueError("no examples to train on")
     with_loser = ["loser" in g for g in groups.values()]
