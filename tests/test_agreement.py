@@ -87,6 +87,12 @@ def test_the_tie_margin_is_the_best_there_is(pairs):
     assert accuracy(x, tie_policy="half", tie_margin=choose_tie_margin(x), draws=2)["value"] == pytest.approx(best)
 
 
+def test_equal_scores_are_a_tie_whoever_comes_first():
+    margin = choose_tie_margin(judged([1, 0], [3.0, -2.0]))  # none is best: all that differ are right
+    found = accuracy(judged([1, 1, 0], [0.0, 0.0, 0.0]), tie_policy="half", tie_margin=margin, draws=2)
+    assert found["value"] == 0.5 and found["n_predicted_ties"] == 3
+
+
 def test_an_interval_over_prompts_is_wider_than_one_over_pairs():
     """Forty prompts whose twenty pairs are all right or all wrong hold forty answers, not eight hundred."""
     rng = np.random.default_rng(0)

@@ -15,7 +15,7 @@ from limner.feedback import payloads
 from limner.feedback.exchange import write_rows as write_feedback
 from limner.images import encode_png
 from limner.records import Choice, Image, to_table
-from limner.scorers.choices import Choices, generators_of, pairs
+from limner.scorers.choices import Choices, generators_of, pairs, problem
 from limner.scorers.published import read_choices
 from limner.scorers.rows import Dropped
 from limner.store import open_step
@@ -57,6 +57,16 @@ def test_hpd_v2_train_and_test(tmp_path):
     test = [{"prompt": "a cat", "image_path": ["a.jpg", "b.jpg", "c.jpg"], "rank": [1.7, 2.9, 1.4], "raw_annotations": []}]
     rows, _ = read("hpd_v2", write_json(tmp_path / "test.json", test))
     assert rows[0].kind == "ranking" and pairs(rows[0]) == [(0, 1, 1.0), (0, 2, 0.0), (1, 2, 0.0)], "the lower rank is better"
+
+
+def test_labels_that_are_not_there_are_said(tmp_path):
+    """null in published files: dropped with a reason, as any other label that is no number."""
+    test = [{"prompt": "a cat", "image_path": ["a.jpg", "b.jpg"], "rank": [1, None], "raw_annotations": []}]
+    rows, _ = read("hpd_v2", write_json(tmp_path / "test.json", test))
+    assert [problem(r) for r in rows] == ["label is not a number"]
+    votes = {"prompt": "a cat", "path1": "a.jpg", "path2": "b.jpg", "choice_dist": [3, None]}
+    rows, dropped = read("hpd_v3", write_json(tmp_path / "v3.json", [votes]), soft_labels=True)
+    assert not rows and dropped[0].reason == "choice_dist does not hold the votes for path1 and path2"
 
 
 def test_hpd_v2_rater_by_rater(tmp_path):

@@ -11,6 +11,7 @@ from hypothesis.extra.numpy import arrays
 
 from limner.recipe import ScorerSpec
 from limner.scorers.combine import SumScorer, combine, dominates, normalise, pareto
+from limner.scorers.protocol import describe
 from limner.steps.run import load_scorers
 
 NAN = float("nan")
@@ -94,6 +95,14 @@ def test_a_sum_of_scorers_by_hand() -> None:
     images = torch.stack([torch.full((3, 8, 8), v) for v in (0.25, 0.5)])
     assert both(images, ["", ""]).tolist() == pytest.approx([-0.25, -0.5])
     assert both.range == (-3, 2) and both.higher_is_better and both.revision == "2*b+-3*b"
+    both = SumScorer("both", [with_files("one"), with_files("other")], [2, 3])
+    assert describe(both)["files"] == {"one/model.safetensors": "sha of one", "other/model.safetensors": "sha of other"}
+
+
+def with_files(name: str) -> Brightness:
+    scorer = Brightness(True)
+    scorer.name, scorer.files = name, {"model.safetensors": f"sha of {name}"}  # type: ignore[attr-defined]
+    return scorer
 
 
 def test_a_recipe_adds_scorers() -> None:

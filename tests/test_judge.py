@@ -15,11 +15,11 @@ from PIL import Image
 from endpoint import Server, images_of, picture, prompt_of, said
 from limner.cli import main
 from limner.recipe import ScorerSpec
-from limner.records import Score
+from limner.records import Choice, Score, to_table
 from limner.scorers import backends, judge
 from limner.scorers.backends import Answer, HttpBackend, Journal, Question, ask_all
 from limner.steps.run import load_scorer
-from limner.store import read_rows
+from limner.store import open_step, read_rows
 
 
 @pytest.fixture
@@ -191,6 +191,18 @@ def test_nothing_is_lost_when_the_endpoint_goes_away(server: Server, tmp_path: P
     assert main([*words, "--scorers", f"mine={server.url},kind=judge,model=m"]) == 0
     assert len(server.seen) == 3
     assert [s.score for s in read_rows(tmp_path / "out", Score)] == [3, 3, 3, 3, 4, 5]
+    assert len(server.seen) == 3
+    choices = open_step(tmp_path / "choices", "choices", {}, {})
+    shown = tuple(r["image"] for r in rows[:2])
+    choices.write(
+        0, to_table(Choice, [Choice(id="r", prompt_id="p", text="a man 0", kind="choice", said=(1, 0), files=("0", "1"), images=shown)])
+    )
+    choices.finish({})
+    judged = ["scorer", "evaluate", "--choices", str(tmp_path / "choices"), "--output_dir", str(tmp_path / "judged")]
+    judged += ["--scorers.mine.kind", "judge", "--scorers.mine.path", server.url, "--scorers.mine.model", "m"]
+    for asked in (2, 0):  # the second time from what was kept
+        server.seen = []
+        assert main(judged) == 0 and len(server.seen) == asked
     assert main(["score", *words[1:4], str(tmp_path / "b"), "--scorers", f"mine={server.url},kind=judge"]) == 2
     assert "scorers.mine.model: not set; which model does http" in capsys.readouterr().err
 

@@ -270,6 +270,13 @@ def test_other_images_in_the_folder_of_scores(weights: Path, tmp_path: Path, cap
     (photos / "more.png").write_bytes(png(0))
     assert score(weights, photos, tmp_path / "out") == 2
     assert "holds the output of another configuration:\n  inputs.images: was " in capsys.readouterr().err
+    (photos / "more.png").unlink()
+    assert score(weights, photos, tmp_path / "out") == 0
+    captions = photos / "metadata.jsonl"
+    captions.write_text(captions.read_text().replace("man", "tot"))  # as long as it was
+    assert score(weights, photos, tmp_path / "out") == 2, "scores of other prompts"
+    assert score(weights, photos, photos / "out") == 2
+    assert f"output_dir: {photos / 'out'} lies in {photos}, whose files are read" in capsys.readouterr().err
 
 
 def test_scorers_of_the_command_line() -> None:

@@ -20,7 +20,7 @@ from limner.cli import main
 from limner.evaluation import choices as evaluation
 from limner.images import decode_batch, encode_png, to_tensor
 from limner.records import Choice, to_table
-from limner.scorers import clip, dual, learn, objective
+from limner.scorers import clip, dual, learn, losses, objective
 from limner.scorers.choices import Choices
 from limner.scorers.learner import learner_of
 from limner.scorers.objective import shifted
@@ -295,6 +295,19 @@ def test_rows_of_a_prompt_come_together_and_look_at_each_picture_once(tmp_path, 
         found.append((loss.item(), learner.model.visual_projection.weight.grad.clone()))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-6)
+
+    learned = objective.TrainScorer(train_batch_size=24, loss="pickscore", prompt_weights=True)
+    (batch,) = objective.Draw(choices, range(24), learner, learned)(0)
+    batch.weights = torch.arange(1.0, 25.0)  # rows of one pair each: weights as they are
+    scores = torch.linspace(-1, 1, 48)
+    by_pair = losses.pickscore(scores[0::2], scores[1::2], torch.ones(24))
+    assert objective.compute_loss(learned, batch, scores, None)[0].item() == pytest.approx((by_pair * batch.weights).sum().item() / 300)
+    ranked = Choice(id="k", prompt_id="p", text="a", kind="ranking", said=(1.0, 2.0, 3.0), files=("a", "b", "c"))
+    both = objective.Batch([ranked, rows[0]], torch.empty(0), torch.arange(5), torch.tensor([0, 0, 0, 1, 1]), torch.ones(2))
+    scores = torch.tensor([0.3, 0.1, -0.2, 0.5, 0.4])
+    three = losses.pickscore(scores[[0, 0, 1]], scores[[1, 2, 2]], torch.ones(3)).mean()  # its three pairs count as the other's one
+    one_pair = losses.pickscore(scores[3:4], scores[4:], torch.ones(1)).mean()
+    assert objective.compute_loss(learned, both, scores, None)[0].item() == pytest.approx((three + one_pair).item() / 2)
 
     one_prompt = objective.TrainScorer(train_batch_size=1, prompt_batches=True, mirror=0.5, **config)
     single = objective.Draw(choices, range(24), learner, one_prompt)

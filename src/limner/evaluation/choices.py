@@ -6,6 +6,7 @@ A score is judged pair by pair here, a measure of sets in `sets`.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from limner.records import Choice, Image
 from limner.scorers.agreement import accuracy, by_generator, calibration, choose_tie_margin, fit_temperature, judge, top_choice
 from limner.scorers.choices import Choices, generators_of
 from limner.scorers.protocol import Scorer, count_long, describe
-from limner.scorers.steps import score_images
+from limner.scorers.steps import keep_answers, score_images
 from limner.store import versions, write_atomic
 
 Scores = dict[str, list[list[float]]]  # by scorer: a list of a row's images each
@@ -119,8 +120,9 @@ def write_scores(path: Path, rows: Sequence[Choice], scores: Scores) -> None:
         for file, value in zip(row.files, values)
     ]
     columns = [("row", pa.string()), ("file", pa.string()), ("scorer", pa.string()), ("score", pa.float64())]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(lines, schema=pa.schema(columns)), path)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(lines, schema=pa.schema(columns)), sink)
+    write_atomic(path, sink.getvalue().to_pybytes())
 
 
 def judge_scorer(
@@ -158,7 +160,11 @@ def evaluate_choices(config: EvaluateScorers, scorers: Sequence[Scorer], seen: M
     """
     images = Path(config.images) if config.images else None
     choices = Choices(Path(config.choices), config.limit, images)
+    found_features = None
+    if config.features:  # before hours of scoring: the path may be wrong
+        found_features = find_features(config.features, config.reference, choices, {s.name: s for s in scorers})
     cut = count_long(scorers, (row.text for row in choices.rows))
+    keep_answers(scorers, Path(config.output_dir))
     scores = score_choices(choices, scorers) if scorers else {}
     scores |= read_scores(Path(config.scores), choices.rows) if config.scores else {}
     if not scores and not config.features:
@@ -168,7 +174,9 @@ def evaluate_choices(config: EvaluateScorers, scorers: Sequence[Scorer], seen: M
     if config.validation:
         other = Choices(Path(config.validation), images=images)
         count_long(scorers, (row.text for row in other.rows))
-        held_out = (other.rows, score_choices(other, scorers))
+        held_out = (other.rows, score_choices(other, scorers) if scorers else {})
+        if elsewhere := [name for name in scores if name not in held_out[1]]:
+            warnings.warn(f"validation: not used for {', '.join(elsewhere)}, whose scores were made elsewhere", stacklevel=2)
     out: dict[str, Any] = {"rows": len(choices), "tie_policy": config.tie_policy, "average": config.average, "seed": config.seed}
     about = {s.name: {**describe(s), "prompts_cut": cut.get(s.name, 0)} for s in scorers}
     out["scorers"] = {
@@ -178,8 +186,8 @@ def evaluate_choices(config: EvaluateScorers, scorers: Sequence[Scorer], seen: M
         )
         for name, found in scores.items()
     }  # fmt: skip
-    if config.features:
-        features, probabilities, reference = find_features(config.features, config.reference, choices, {s.name: s for s in scorers})
+    if found_features is not None:
+        features, probabilities, reference = found_features
         out["sets"] = {"features": config.features, **judge_sets(choices.rows, features, probabilities, reference, config.seed)}
     folder = Path(config.output_dir)
     write_scores(folder / "scores.parquet", choices.rows, scores)

@@ -143,7 +143,10 @@ def find_features(
         features, probabilities = read_features(Path(source))
         real = np.stack(list(read_features(Path(reference), "reference")[0].values())) if reference else None
         return features, probabilities, real
-    tower = learner_of(scorers[source])
+    try:
+        tower = learner_of(scorers[source])
+    except ValueError:
+        raise ValueError(f"features: {source} has no image tower to look with; name a CLIP that reads prompts, or a dual") from None
     seen: dict[str, NDArray] = {}
     for index, row in enumerate(choices.rows):
         seen |= dict(zip(row.files, image_vectors(tower, choices.pictures(index))))

@@ -113,6 +113,8 @@ def make_tower(config: Hps) -> Path:
 
     folder = Path(config.output_dir) / "tower"
     done = folder / "model"
+    decides = {"dual": to_dict(config.dual), "tower_steps": config.tower_steps, "tower_batch": config.tower_batch, "seed": config.seed}
+    open_step(folder, "tower", decides, {"images": input_hash(Path(config.world) / "images/train")})
     if done.is_dir():
         return done
     rows = world_rows(config, "train", ["image", "prompt"])
@@ -144,7 +146,7 @@ def make_tower(config: Hps) -> Path:
 def train(config: Hps, loss: str, tower: Path) -> Path:
     """Go on from the tower by choices; returns the scorer's folder."""
     from limner.scorers import dual
-    from limner.scorers.learn import train_scorer
+    from limner.scorers.learn import refuse_other, train_scorer
     from limner.scorers.learner import learner_of
 
     out = Path(config.output_dir)
@@ -154,7 +156,8 @@ def train(config: Hps, loss: str, tower: Path) -> Path:
         choices=str(out / "choices/train"), validation=str(out / "choices/validation"), start=ScorerSpec(kind="dual", path=str(tower)),
         prompt_weights=loss == "pickscore",
     )  # fmt: skip
-    if (Path(made.output_dir) / "model/training.json").is_file():
-        return Path(made.output_dir) / "model"
     start = dual.load_scorer(tower, "tower")
+    if (Path(made.output_dir) / "model/training.json").is_file():
+        refuse_other(made, start.revision)
+        return Path(made.output_dir) / "model"
     return train_scorer(made, learner_of(start), revision=start.revision)

@@ -128,7 +128,7 @@ def accuracy_difference(
 
 def _credit(judged: Judged, tie_policy: TiePolicy, tie_margin: float) -> tuple[Array, NDArray[np.bool_]]:
     """What each pair counts, and whether it counts."""
-    human_tie, predicted_tie = judged.preference == 0.5, np.abs(judged.margin) <= tie_margin
+    human_tie, predicted_tie = judged.preference == 0.5, np.abs(judged.margin) <= max(tie_margin, 0.0)
     right = ((judged.margin > 0) == (judged.preference > 0.5)) & ~predicted_tie
     if tie_policy == "half":
         credit = np.where(human_tie, np.where(predicted_tie, 1.0, 0.5), np.where(predicted_tie, 0.5, right))
@@ -155,12 +155,12 @@ def choose_tie_margin(judged: Judged) -> float:
     """The margin up to which a predicted tie is best, by accuracy with `tie_policy` half: Pick-a-Pic's threshold, for validation pairs."""
     size = np.abs(judged.margin)
     order = np.argsort(size, kind="stable")
-    apart, _ = _credit(judged, "half", -1.0)
+    apart, _ = _credit(judged, "half", 0.0)
     together = np.where(judged.preference == 0.5, 1.0, 0.5)
     gain = np.concatenate([[0.0], np.cumsum((together - apart)[order])])  # with the k smallest margins called ties
     ends = np.concatenate([[True], size[order][1:] != size[order][:-1], [True]])  # equal margins go together
     best = int(np.argmax(np.where(ends, gain, -np.inf)))
-    return float(size[order][best - 1]) if best else -1.0
+    return float(size[order][best - 1]) if best else 0.0
 
 
 def fit_temperature(judged: Judged) -> float:

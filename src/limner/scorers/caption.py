@@ -18,7 +18,8 @@ from limner.engine import Progress, run_shards, spans
 from limner.images import decode
 from limner.records import Image, Prompt, to_table
 from limner.scorers.backends import Answer, Backend, Journal, Question, ask_all
-from limner.scorers.files import Source, files_hash, reader_of
+from limner.scorers.files import Source, files_hash, outside, reader_of
+from limner.scorers.judge import png
 from limner.store import open_step, read_rows
 
 QUESTION = (
@@ -40,6 +41,7 @@ def caption_files(
     Raises:
         ValueError: as `iter_images`; an endpoint that stays away (what was answered is kept).
     """
+    outside(folder, source.path)
     total = sum(1 for _ in source.images())
     config = {
         "model": backend.model, "revision": backend.revision, "files": backend.files, "question": question, "split": split,
@@ -75,13 +77,14 @@ def caption_files(
 def captions(images: list[Image], backend: Backend, journal: Journal, question: str = QUESTION) -> list[str]:
     """The caption of each, or "!" and why there is none."""
     problems: dict[int, str] = {}
+    shown: dict[int, bytes] = {}  # upright, over white, in a format that every endpoint reads
     for i, image in enumerate(images):
         try:
-            decode(image.image, "the image")
+            shown[i] = png(decode(image.image, "the image"))
         except ValueError as error:
             problems[i] = f"!{error}"
-    asked = [i for i in range(len(images)) if i not in problems]
-    questions = [Question(text=question, images=(images[i].image,), max_tokens=MAX_TOKENS) for i in asked]
+    asked = list(shown)
+    questions = [Question(text=question, images=(shown[i],), max_tokens=MAX_TOKENS) for i in asked]
     found = dict(zip(asked, map(read_caption, ask_all(backend, questions, journal) if questions else [])))
     return [problems[i] if i in problems else found[i] for i in range(len(images))]
 

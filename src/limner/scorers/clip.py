@@ -217,7 +217,7 @@ def load_scorer(
     head = None
     if how.head is not None:
         head = _read_head(path, how.head, int(model.visual_projection.out_features), f"{where}.path")
-        digests = {path.name: sha256(path), **digests}
+        digests = {path.name if path.name != file.name else f"head {path.name}": sha256(path), **digests}
     words = None if how.head else find_tokenizer(source, tokenizer, where)
     scorer = ClipScorer(name, model, words, kind=kind, head=head)
     if words is not None:
@@ -225,6 +225,8 @@ def load_scorer(
     # several metrics share a file, and a changed metric must not pass for the same scores
     weights = next(iter(digests.values())) if head is None else hashlib.sha256("".join(digests.values()).encode()).hexdigest()
     scorer.revision = weights[:16] if kind == "clip" else f"{scorer.metric}@{weights[:16]}"
+    if activation:
+        scorer.revision += f" {activation}"
     scorer.files = digests
     return scorer
 

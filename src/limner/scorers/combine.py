@@ -125,6 +125,8 @@ class SumScorer:
         self.higher_is_better = True
         self.comparable_across_prompts = all(p.comparable_across_prompts for p in parts)
         self.needs_prompt = any(p.needs_prompt for p in parts)
+        self.metric = " + ".join(f"{w:g} {p.name}" for p, w in zip(parts, self.weights))
+        self.files = {f"{p.name}/{n}": digest for p in parts for n, digest in getattr(p, "files", {}).items()}
         self.revision = "+".join(f"{w:g}*{p.revision}" for p, w in zip(parts, self.weights))
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

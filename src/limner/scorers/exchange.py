@@ -16,7 +16,7 @@ from limner.records import Choice, to_table
 from limner.scorers.choices import Choices, pairs, problem
 from limner.scorers.published import read_choices
 from limner.scorers.rows import Dropped
-from limner.store import Step, open_step, write_atomic
+from limner.store import Step, input_hash, open_step, write_atomic
 
 SHOWN = 5  # places that the report names for each reason
 
@@ -208,7 +208,9 @@ def export_choices(config: Export) -> int:
     for row in choices.rows:
         counts[row.prompt_id] += len(pairs(row))
     raters = {name: i for i, name in enumerate(dict.fromkeys(row.rater for row in choices.rows))}
-    step = open_step(Path(config.output_dir), "pick_a_pic", {"choices": config.choices, "rows_per_shard": config.rows_per_shard}, {})
+    step = open_step(Path(config.output_dir), "pick_a_pic", {"choices": config.choices, "rows_per_shard": config.rows_per_shard}, {
+        "choices": input_hash(choices.folder)
+    })  # fmt: skip
     done = 0
     for number, start in enumerate(range(0, len(choices), config.rows_per_shard)):
         out: list[dict[str, Any]] = []

@@ -30,6 +30,8 @@ from limner.scorers.steps import keep_answers, score_images
 from limner.statistics import mean_interval
 from limner.store import Step, open_step, read_rows, sha256, write_atomic
 
+CAPTIONS = (".txt", ".jsonl", ".csv", ".tsv", ".json")  # files whose content counts, not only their size
+
 SHOWN = 3  # reasons that a summary lists
 
 
@@ -88,6 +90,7 @@ def score_files(
     Raises:
         ValueError: rows that make no sense; a scorer that needs prompts where no image has one; another configuration's folder.
     """
+    outside(folder, source.path)
     total = prompted = 0
     texts: set[str] = set()
     for image in source.images():
@@ -135,11 +138,25 @@ def check_prompts(scorers: Sequence[Scorer], prompted: int, path: Path) -> None:
         )
 
 
+def outside(folder: Path, images: Path) -> None:
+    """Check that results do not go among the images.
+
+    Raises:
+        ValueError: they would; the next run would take them for input.
+    """
+    if images.is_dir() and folder.resolve().is_relative_to(images.resolve()):
+        raise ValueError(f"output_dir: {folder} lies in {images}, whose files are read; choose a folder outside")
+
+
 def files_hash(path: Path) -> str:
-    """What stands for a user's images in a manifest: of a file its SHA-256, of a folder the names and sizes in it."""
+    """What stands for a user's images in a manifest: of a file its SHA-256, of a folder the names in it, with sizes, and the SHA-256 of
+    captions and tables of captions."""
     if path.is_file():
         return sha256(path)[:16]
-    lines = sorted(f"{p.relative_to(path).as_posix()} {p.stat().st_size}" for p in path.rglob("*") if p.is_file())
+    found = [p for p in path.rglob("*") if p.is_file()]
+    lines = sorted(
+        f"{p.relative_to(path).as_posix()} {sha256(p) if p.suffix.lower() in CAPTIONS else p.stat().st_size}" for p in found
+    )  # fmt: skip
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 

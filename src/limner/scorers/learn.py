@@ -65,8 +65,7 @@ def train_scorer(config: TrainScorer, learner: Learner, *, revision: str) -> Pat
     chosen = usable(choices.rows, config.loss)
     if not chosen:
         raise ValueError(f"{config.choices}: {len(choices)} rows, but none that {config.loss} learns from: all are ties")
-    identity = _identity(config, revision)
-    _refuse_other(out, identity)
+    identity = refuse_other(config, revision)
     write_atomic(out / "identity.json", json.dumps(identity, indent=1, sort_keys=True))
     names = choose_parameters(
         learner, vision_layers=config.vision_layers, text_layers=config.text_layers, train_scale=config.train_scale
@@ -150,11 +149,18 @@ def _identity(config: TrainScorer, revision: str) -> dict[str, Any]:
     return json.loads(json.dumps({**decides, "choices": input_hash(Path(config.choices))}))
 
 
-def _refuse_other(folder: Path, identity: dict[str, Any]) -> None:
+def refuse_other(config: TrainScorer, revision: str) -> dict[str, Any]:
+    """What decides the weights of a run; `revision` is that of its start.
+
+    Raises:
+        ValueError: its folder holds a run of another configuration; lists the differences.
+    """
+    folder, identity = Path(config.output_dir), _identity(config, revision)
     path = folder / "identity.json"
     if path.is_file() and (found := json.loads(path.read_text())) != identity:
         changed = "\n  ".join(differences(found, identity))
         raise ValueError(f"{folder} was trained with another configuration:\n  {changed}\nRemove it or choose another output_dir.")
+    return identity
 
 
 def _device(name: str) -> str:

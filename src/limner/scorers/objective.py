@@ -242,4 +242,7 @@ def compute_loss(config: TrainScorer, batch: Batch, scores: Tensor, log_sigma: T
         loss = losses.gaussian(a, b, log_sigma[first], log_sigma[second], preference=p)
     decided = p != 0.5
     right = ((a > b) == (p > 0.5))[decided].float().mean() if bool(decided.any()) else scores.new_tensor(math.nan)
-    return losses.weighted_mean(loss, batch.weights[owner]), {"accuracy": right.item()} if bool(decided.any()) else {}
+    weights = batch.weights[owner]
+    if config.prompt_weights:  # a row's share is that of its pairs together
+        weights = weights / torch.bincount(owner, minlength=len(batch.rows))[owner]
+    return losses.weighted_mean(loss, weights), {"accuracy": right.item()} if bool(decided.any()) else {}

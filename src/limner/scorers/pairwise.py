@@ -30,7 +30,7 @@ from limner.engine import Progress, run_shards, spans
 from limner.images import decode, in_threads
 from limner.records import Choice, Image, to_table
 from limner.scorers.backends import Backend, Journal
-from limner.scorers.files import Source, files_hash
+from limner.scorers.files import Source, files_hash, outside
 from limner.scorers.judge import PAIRWISE, both_orders, png
 from limner.scorers.rows import prompt_id
 from limner.scorers.steps import write_preferences
@@ -155,6 +155,8 @@ def judge_pairs(config: JudgePairs, backend: Backend) -> dict[str, Any]:
     """
     sources, pairs, left = plan(config)
     folder = Path(config.output_dir)
+    for source in sources:
+        outside(folder, source.path)
     decides = {
         "model": backend.model, "revision": backend.revision, "files": backend.files, "question": PAIRWISE.text,
         **{k: getattr(config, k) for k in ("pairs_per_prompt", "seed", "prompt", "caption_column", "image_column", "pairs_per_shard")},

@@ -95,7 +95,8 @@ def _raters(number: int, where: str, row: dict[str, Any]) -> Found:
 
 def _hpd_v3(source: Path, min_confidence: float = 0.0, soft_labels: bool = False) -> Found:
     for n, where, row in checked(source, load_json(source), {"prompt": str, "path1": str, "path2": str}):
-        confidence, votes = row.get("confidence"), row.get("choice_dist")
+        confidence = row.get("confidence")
+        votes: Any = row.get("choice_dist")
         if row["path1"] == row["path2"]:
             yield Dropped(where, "both images are the same")
             continue
@@ -104,7 +105,8 @@ def _hpd_v3(source: Path, min_confidence: float = 0.0, soft_labels: bool = False
             continue
         said = [1.0, 0.0]
         if soft_labels:
-            if not isinstance(votes, list) or len(votes) != 2 or sum(votes) <= 0 or votes[0] < votes[1]:
+            counted = isinstance(votes, list) and len(votes) == 2 and all(isinstance(v, int | float) for v in votes)
+            if not counted or sum(votes) <= 0 or votes[0] < votes[1]:
                 yield Dropped(where, "choice_dist does not hold the votes for path1 and path2")
                 continue
             said = [v / sum(votes) for v in votes]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,9 +30,8 @@ def prompt_id(text: str) -> str:
 
 
 def choice(name: str, number: int, text: str, kind: str, said: list[float], files: list[str], **more: Any) -> Choice:
-    return Choice(
-        id=f"{name}-{number:07d}", prompt_id=prompt_id(text), text=text, kind=kind, said=tuple(map(float, said)), files=tuple(files), **more
-    )
+    labels = tuple(float(v) if isinstance(v, int | float) else math.nan for v in said)  # `choices.problem` drops what is no number
+    return Choice(id=f"{name}-{number:07d}", prompt_id=prompt_id(text), text=text, kind=kind, said=labels, files=tuple(files), **more)
 
 
 def load_json(source: Path) -> list[Any]:
