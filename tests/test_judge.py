@@ -191,7 +191,6 @@ def test_nothing_is_lost_when_the_endpoint_goes_away(server: Server, tmp_path: P
     assert main([*words, "--scorers", f"mine={server.url},kind=judge,model=m"]) == 0
     assert len(server.seen) == 3
     assert [s.score for s in read_rows(tmp_path / "out", Score)] == [3, 3, 3, 3, 4, 5]
-    assert len(server.seen) == 3
     choices = open_step(tmp_path / "choices", "choices", {}, {})
     shown = tuple(r["image"] for r in rows[:2])
     choices.write(
