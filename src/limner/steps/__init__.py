@@ -18,11 +18,8 @@ evaluate, report = by_one(judge.evaluate), by_one(judge.report)
 
 def run_all(run: Run) -> None:
     """Every step in order; finished ones are skipped. A stage `base` comes first: pools and references are made with its model."""
-    run.out.mkdir(parents=True, exist_ok=True)
-    said = run.out / "recipe.yaml"
-    if not said.is_file():
-        write_atomic(said, dump(run.recipe))
     check_packages(run.recipe)
+    _keep_recipe(run, False)
     prompts(run, run.splits)
     if BASE in run.recipe.stages:
         examples(run, BASE)
@@ -40,7 +37,14 @@ def run_all(run: Run) -> None:
     generate(run)
     evaluate(run)
     report(run)
-    write_atomic(said, dump(run.recipe))  # not before: a folder of another configuration refuses this one
+    _keep_recipe(run, True)  # not before: a folder of another configuration refuses this one
+
+
+@by_one
+def _keep_recipe(run: Run, anew: bool) -> None:
+    path = run.out / "recipe.yaml"
+    if anew or not path.is_file():
+        write_atomic(path, dump(run.recipe))
 
 
 __all__ = [
