@@ -77,10 +77,9 @@ def score_choices(choices: Choices, scorers: Sequence[Scorer]) -> Scores:
             [seen.setdefault((row.text, data), len(seen)) for data in choices.encoded(start + i)] for i, row in enumerate(part)
         ]  # fmt: skip
         images = [Image(id=str(n), prompt_id="", text=text, image=data) for (text, data), n in seen.items()]
-        values = {(s.scorer, int(s.image_id)): s.score for s in score_images(images, scorers)}
+        values = {(s.scorer, int(s.image_id)): float("nan") if s.score is None else s.score for s in score_images(images, scorers)}
         for name, rows in found.items():
-            scores = [values[name, n] for n in range(len(images))]
-            rows += [[float("nan") if (v := scores[n]) is None else v for n in row] for row in places]
+            rows += [[values[name, n] for n in row] for row in places]
     return found
 
 
