@@ -118,6 +118,8 @@ def dispatch(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     if args.command == "env":
         return print_environment()
     path = args.recipe or args.config
+    if args.command in ("scorer", "figures") and not args.print_config:
+        quiet_libraries()
     if args.command == "scorer":
         from limner.steps.scorer import scorer
 
@@ -180,7 +182,7 @@ def dispatch_annotate(args: argparse.Namespace, path: str, overrides: Sequence[s
 
 
 def quiet_libraries() -> None:
-    """Only our own progress bars: loading a pipeline would draw three of its own."""
+    """Only our own bars and warnings: loading a pipeline would draw three bars, and warn of libraries that nothing needs."""
     import diffusers.utils.logging
     import transformers.utils.logging
 
