@@ -27,7 +27,8 @@ from limner.images import decode_batch
 from limner.scorers import dual
 from limner.scorers.agreement import accuracy, judge
 from limner.scorers.choices import Choices
-from limner.scorers.reader import BONES, FigureReader, measure_names
+from limner.scorers.joints import BONES, measure_names
+from limner.scorers.reader import FigureReader
 from limner.store import read_rows
 
 PROMPTS, EACH, RATERS = 6, 3, 3

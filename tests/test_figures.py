@@ -20,7 +20,7 @@ from limner.figures.render import camera, cast, turn
 from limner.figures.teach import reword, to_input, train_reader
 from limner.models.stable_diffusion import wrap
 from limner.recipe import Sampler
-from limner.scorers.reader import peaks
+from limner.scorers.joints import peaks
 from tiny import tiny_pipeline
 
 

@@ -25,7 +25,8 @@ from limner.images import encode_png
 from limner.recipe import Sampler
 from limner.scorers.agreement import Judged, accuracy_difference
 from limner.scorers.choices import Choices
-from limner.scorers.reader import FigureReader, Reader, measure_names, save_reader
+from limner.scorers.joints import measure_names
+from limner.scorers.reader import FigureReader, Reader, save_reader
 from limner.store import open_step
 from test_choice_records import choice
 from tiny import save_tiny

@@ -12,7 +12,7 @@ import torch
 
 from chain import clip_scorer
 from limner.records import Image
-from limner.scorers import clip, dual, losses, reader
+from limner.scorers import clip, dual, joints, losses, reader
 from limner.scorers.protocol import describe
 from limner.scorers.steps import score_images
 from tiny import tiny_tokenizer
@@ -124,7 +124,7 @@ def test_peaks_finds_both_maxima():
     """A map with 0.9 at (x 3, y 5) and 0.6 at (x 20, y 10) of 32×32: heights 0.9 and 0.6, first at (3.5, 5.5)/32."""
     heat = torch.zeros(1, 1, 32, 32)
     heat[0, 0, 5, 3], heat[0, 0, 10, 20], heat[0, 0, 5, 2], heat[0, 0, 5, 4] = 0.9, 0.6, 0.7, 0.7
-    first, second, where = reader.peaks(heat)
+    first, second, where = joints.peaks(heat)
     assert first.item() == pytest.approx(0.9) and second.item() == pytest.approx(0.6)
     assert where[0, 0].tolist() == pytest.approx([3.5 / 32, 5.5 / 32])
 
@@ -134,7 +134,7 @@ def test_peaks_lie_between_pixels():
     y, x = torch.meshgrid(torch.arange(32) + 0.5, torch.arange(32) + 0.5, indexing="ij")
     for at in ((10.2, 17.9), (5.5, 6.0), (30.7, 4.4), (0.6, 31.3)):
         heat = torch.exp(-((x - at[0]) ** 2 + (y - at[1]) ** 2) / 2)[None, None]
-        _, _, where = reader.peaks(heat)
+        _, _, where = joints.peaks(heat)
         inside = all(1 < v < 31 for v in at)
         assert (where[0, 0] * 32).tolist() == pytest.approx(at, abs=0.05 if inside else 0.5)
 
@@ -144,21 +144,23 @@ def test_a_limb_twice_as_long_is_implausible():
     rng = np.random.default_rng(0)
     spots = rng.uniform(0.2, 0.8, (1, 14, 2)) + rng.normal(0, 0.004, (200, 14, 2))
     first, second = np.full((200, 14), 0.9), np.full((200, 14), 0.05)
-    limits = reader.measure_limits(JOINTS, first, second, spots)
-    model = reader.Reader({"sex": ["man", "woman"]}, JOINTS, PARTS, (4, 8, 8, 8), 8)
-    judge = reader.FigureReader(model, limits)
+    limits = joints.measure_limits(JOINTS, first, second, spots)
+
+    def doubt(*skeleton: np.ndarray) -> float:
+        return joints.excess(joints.joint_measures(JOINTS, *skeleton), limits).max()
+
     middle = spots.mean(0, keepdims=True)
     long = middle.copy()
     elbow, wrist = JOINTS.index("left_elbow"), JOINTS.index("left_wrist")
     long[0, wrist] = long[0, elbow] + 2 * (long[0, wrist] - long[0, elbow])
-    assert judge._doubt(first[:1], second[:1], middle)[0] <= 1
-    assert judge._doubt(first[:1], second[:1], long)[0] > 1
+    assert doubt(first[:1], second[:1], middle) <= 1
+    assert doubt(first[:1], second[:1], long) > 1
     doubled = second[:1].copy()
     doubled[0, wrist] = 0.8
-    assert judge._doubt(first[:1], doubled, middle)[0] > 1
+    assert doubt(first[:1], doubled, middle) > 1
     lost = first[:1].copy()
     lost[0, wrist] = 0.1
-    assert judge._doubt(lost, second[:1], middle)[0] > 1
+    assert doubt(lost, second[:1], middle) > 1
 
 
 def test_a_mirroring_reader_reads_a_picture_and_its_mirror_image_alike():
@@ -180,7 +182,7 @@ def test_a_mirroring_reader_reads_a_picture_and_its_mirror_image_alike():
 def test_a_saved_reader_reads_as_before(tmp_path):
     torch.manual_seed(0)
     model = reader.Reader({"sex": ["man", "woman"], "top": ["red", "blue", "green"]}, JOINTS, PARTS, (4, 8, 8, 16), 8).eval()
-    limits = {k: [-1.0, 1.0] for k in reader.measure_names(JOINTS)}
+    limits = {k: [-1.0, 1.0] for k in joints.measure_names(JOINTS)}
     first = reader.FigureReader(model, limits, sure={"sex": 0.95, "top": 0.94}, mirror=True)
     reader.save_reader(first, tmp_path)
     second = reader.load_reader(tmp_path)

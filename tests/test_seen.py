@@ -22,7 +22,8 @@ from limner.figures.captions import REGION, describe, parse, swap
 from limner.figures.scene import ATTRIBUTES, sample
 from limner.images import decode_batch, encode_png
 from limner.inputs import read_prompts
-from limner.scorers.reader import BONES, FigureReader, load_reader, measure_names
+from limner.scorers.joints import BONES, measure_names
+from limner.scorers.reader import FigureReader, load_reader
 from limner.store import open_step, read_rows
 
 JOINTS = sorted({name for bone in BONES for name in bone})

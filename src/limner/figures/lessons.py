@@ -25,7 +25,7 @@ from limner.figures.scene import ATTRIBUTES
 from limner.models.stable_diffusion import Pipeline
 from limner.pool.sample import denoise
 from limner.recipe import Sampler
-from limner.scorers.reader import mirrored
+from limner.scorers.joints import mirrored
 
 RECONSTRUCTED = (0, 100, 200, 400)  # timesteps, by batch: 0 = the autoencoder alone; small enough that what was sound stays sound
 _OUTER = {  # joints of a limb below its root

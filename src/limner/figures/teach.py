@@ -19,8 +19,9 @@ from limner.figures.lessons import Lessons, degrade, heatmaps, mirror_joints, sh
 from limner.figures.scene import ATTRIBUTES
 from limner.loop import Metrics
 from limner.scorers.dual import DualConfig, DualEncoder, tokenize, vocabulary_of
+from limner.scorers.joints import measure_limits, peaks
 from limner.scorers.losses import contrastive, pickscore
-from limner.scorers.reader import PEAK, FigureReader, Reader, measure_limits, peaks
+from limner.scorers.reader import FigureReader, Reader
 
 PATHS, ODDS = ("raw", "recon"), (0.25, 0.75)
 SWAPS = 3  # wrong captions a picture
@@ -184,6 +185,3 @@ def finish_reader(model: Reader, real: np.ndarray, attributes: np.ndarray, *, mi
     first, second, spots = (x.numpy() for x in peaks(seen["joints"]))
     sure = {n: round(float((seen[n].argmax(1).numpy() == attributes[:, i]).mean()), 4) for i, n in enumerate(ATTRIBUTES)}
     return FigureReader(model, measure_limits(model.joints, first, second, spots), sure=sure, mirror=mirror)
-
-
-__all__ = ["PEAK", "finish_reader", "train_reader", "train_scorer"]
