@@ -1,8 +1,8 @@
 """How good the embedded models are: `limner figures make --only '[measure]'`. Numbers for docs/figures.md, with intervals.
 
 Held-out figures come from the split `raters`, which nothing learns from. Samples of the base model were labelled by people who looked
-at numbered sheets of them: those of validation captions are what the reader's defect head is measured on, those of training captions
-what it also learns from.
+at numbered sheets of them: those of validation captions, looked at by several, are what the reader's defect head is measured on, and others
+that one person looked at (split `later`); from those of the split `train` it also learns.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SAMPLER = Sampler(num_inference_steps=16, guidance_scale=2.0, batch_size=50)
 
 def base_samples(pipeline: Pipeline, prompts: Sequence[Prompt], seed: int) -> Tensor:
     """One sample of each caption, (N, 3, 64, 64) in [0, 1]. Those labelled were of the first 200 of validation (seed 7) and of
-    training numbers 0 to 799 (seed 8) and 800 to 1999 (seed 50)."""
+    training numbers 0 to 799 (seed 8), 800 to 1999 (seed 50) and, as `later`, 2000 to 2799 (seed 51)."""
     requests = [Request(Prompt(id=p.id, text=p.text), 0, 64, 64) for p in prompts]
     return torch.stack([pixels for pixels, _ in sample(pipeline, requests, SAMPLER, seed)])
 
@@ -119,7 +119,8 @@ def measure(pipeline: Pipeline, reader: FigureReader, scorers: dict[str, DualSco
     out: dict[str, Any] = {"reader": reader_quality(reader, decode_batch([p.image or b"" for p in test]), indices, held_out)}
     out |= {name: scorer_quality(scorer, held_out) for name, scorer in scorers.items()}
     write_sheets(base_samples(pipeline, read_prompts(find("validation"), "validation")[:SAMPLES], seed=7), work / "sheets")
-    samples, flawed = labelled_samples("validation")
-    reading = reader.read(to_input(list(samples)))
-    found = {"flawed": share(flawed), "defect AUC": auc(reading.defect, flawed), "joints AUC": auc(reading.doubt, flawed)}
-    return out | {"base samples": found}
+    for name, split in (("base samples", "validation"), ("base samples, one person each", "later")):
+        samples, flawed = labelled_samples(split)
+        reading = reader.read(to_input(list(samples)))
+        out[name] = {"flawed": share(flawed), "defect AUC": auc(reading.defect, flawed), "joints AUC": auc(reading.doubt, flawed)}
+    return out
