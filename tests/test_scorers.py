@@ -146,21 +146,18 @@ def test_a_limb_twice_as_long_is_implausible():
     first, second = np.full((200, 14), 0.9), np.full((200, 14), 0.05)
     limits = joints.measure_limits(JOINTS, first, second, spots)
 
-    def doubt(*skeleton: np.ndarray) -> float:
-        return joints.excess(joints.joint_measures(JOINTS, *skeleton), limits).max()
-
     middle = spots.mean(0, keepdims=True)
     long = middle.copy()
     elbow, wrist = JOINTS.index("left_elbow"), JOINTS.index("left_wrist")
     long[0, wrist] = long[0, elbow] + 2 * (long[0, wrist] - long[0, elbow])
-    assert doubt(first[:1], second[:1], middle) <= 1
-    assert doubt(first[:1], second[:1], long) > 1
+    assert joints.doubt(joints.joint_measures(JOINTS, first[:1], second[:1], middle), limits)[0] <= 1
+    assert joints.doubt(joints.joint_measures(JOINTS, first[:1], second[:1], long), limits)[0] > 1
     doubled = second[:1].copy()
     doubled[0, wrist] = 0.8
-    assert doubt(first[:1], doubled, middle) > 1
+    assert joints.doubt(joints.joint_measures(JOINTS, first[:1], doubled, middle), limits)[0] > 1
     lost = first[:1].copy()
     lost[0, wrist] = 0.1
-    assert doubt(lost, second[:1], middle) > 1
+    assert joints.doubt(joints.joint_measures(JOINTS, lost, second[:1], middle), limits)[0] > 1
 
 
 def test_a_mirroring_reader_reads_a_picture_and_its_mirror_image_alike():

@@ -79,11 +79,11 @@ def measure_limits(names: Sequence[str], first: np.ndarray, second: np.ndarray, 
     return limits
 
 
-def excess(measures: Mapping[str, np.ndarray], limits: Mapping[str, Sequence[float]]) -> np.ndarray:
-    """How far from the middle of its limits each measure (B,) is, in halves of their distance, (B, measures): above 1 = outside; 0 where
-    nothing was measured."""
-    out = []
+def doubt(measures: Mapping[str, np.ndarray], limits: Mapping[str, Sequence[float]]) -> np.ndarray:
+    """How far from normal the joints are (B,): the largest distance of a measure (B,) from the middle of its limits, in halves of their
+    distance; above 1 = implausible. What was not measured is normal."""
+    worst = np.zeros(len(next(iter(measures.values()))))
     for name, values in measures.items():
         low, high = limits[name]
-        out.append(np.nan_to_num(np.abs(values - (low + high) / 2) / max((high - low) / 2, 1e-6)))
-    return np.stack(out, 1)
+        worst = np.fmax(worst, np.abs(values - (low + high) / 2) / max((high - low) / 2, 1e-6))
+    return worst

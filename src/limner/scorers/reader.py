@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from limner.images import check_images
 from limner.scorers.dual import Residual
-from limner.scorers.joints import PEAK, excess, joint_measures, mirrored, peaks
+from limner.scorers.joints import PEAK, doubt, joint_measures, mirrored, peaks
 from limner.store import sha256
 
 LAYOUT = 16  # channels of the grid that is read place by place
@@ -147,15 +147,14 @@ class FigureReader:
         check_images(images)
         out = self.look(images, batch_size)
         first, second, spots = peaks(out["joints"])
-        strange = excess(joint_measures(self.model.joints, first.numpy(), second.numpy(), spots.numpy()), self.limits)
-        doubt = strange.max(1)
+        doubts = doubt(joint_measures(self.model.joints, first.numpy(), second.numpy(), spots.numpy()), self.limits)
         attributes = [out[name] for name in self.model.attributes]
         features = torch.cat(
             [*attributes, first, second, spots.flatten(1) * (first > PEAK).repeat_interleave(2, 1), out["summary"], out["soundness"]], 1
         )
         return Reading(
             {name: out[name].argmax(1).numpy() for name in self.model.attributes},
-            out["defect"].numpy(), doubt <= 1.0, doubt, features.numpy(),
+            out["defect"].numpy(), doubts <= 1.0, doubts, features.numpy(),
         )  # fmt: skip
 
     def attribute_accuracy(self, reading: Reading, claimed: Sequence[Mapping[str, str]]) -> np.ndarray:
