@@ -157,7 +157,7 @@ def _mlp(mlp: Any, x: Tensor) -> Tensor:
     """A layer's two linears. x · sigmoid(1.702 x), QuickGELU, is silu(1.702 x) / 1.702: one pass over the widest tensor, not three."""
     if mlp.config.hidden_act != "quick_gelu" or torch.is_grad_enabled():
         return mlp(x)
-    hidden = F.silu(mlp.fc1(x).mul_(QUICK), inplace=True)
+    hidden = F.silu(F.linear(x, mlp.fc1.weight).add_(mlp.fc1.bias).mul_(QUICK), inplace=True)
     return F.linear(hidden, mlp.fc2.weight).div_(QUICK).add_(mlp.fc2.bias)
 
 
@@ -181,11 +181,14 @@ def preprocess(images: Tensor, size: int, crop: Crop, differentiable: bool = Fal
 def preprocess_pictures(pictures: Sequence[Image.Image], size: int, crop: Crop) -> Tensor:
     """The same of RGB pictures, whose sizes may differ."""
 
-    def resized(picture: Image.Image) -> np.ndarray:
-        width, height, left, top = _place(*picture.size, size, crop)
-        return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size)))
+    mean, std = np.array(MEAN, np.float32), np.array(STD, np.float32)
 
-    return _normalise(torch.from_numpy(np.stack(in_threads(resized, pictures))).permute(0, 3, 1, 2).float() / 255)
+    def ready(picture: Image.Image) -> np.ndarray:
+        width, height, left, top = _place(*picture.size, size, crop)
+        cut = picture.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+        return (np.asarray(cut, np.float32) / np.float32(255) - mean) / std
+
+    return torch.from_numpy(np.stack(in_threads(ready, pictures))).permute(0, 3, 1, 2)
 
 
 def _normalise(x: Tensor) -> Tensor:
