@@ -1,8 +1,8 @@
 """How good the embedded models are: `limner figures make --only '[measure]'`. Numbers for docs/figures.md, with intervals.
 
-Held-out figures come from the split `raters`, which nothing learns from. Samples of the base model were labelled by people who looked
-at numbered sheets of them: those of validation captions, looked at by several, are what the reader's defect head is measured on, and others
-that one person looked at (split `later`); from those of the split `train` it also learns.
+Held-out figures come from the split `raters`, which nothing learns from. Samples of the base model were labelled by eye, from numbered
+sheets of them (by vision-language models, see docs/figures.md): those of validation captions, looked at by several, are what the reader's
+defect head is measured on, and others looked at once (split `later`); from those of the split `train` it also learns.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from limner.records import Prompt
 from limner.scorers.dual import DualScorer
 from limner.scorers.reader import FigureReader
 
-LABELLED = DATA / "labelled.parquet"  # split, sample, image, looks: what each person said, flawed: what most of them said
+LABELLED = DATA / "labelled.parquet"  # split, sample, image, looks: what each labeller said, flawed: what most of them said
 SAMPLES = 200  # of the sheets
 SAMPLER = Sampler(num_inference_steps=16, guidance_scale=2.0, batch_size=50)
 
@@ -119,7 +119,7 @@ def measure(pipeline: Pipeline, reader: FigureReader, scorers: dict[str, DualSco
     out: dict[str, Any] = {"reader": reader_quality(reader, decode_batch([p.image or b"" for p in test]), indices, held_out)}
     out |= {name: scorer_quality(scorer, held_out) for name, scorer in scorers.items()}
     write_sheets(base_samples(pipeline, read_prompts(find("validation"), "validation")[:SAMPLES], seed=7), work / "sheets")
-    for name, split in (("base samples", "validation"), ("base samples, one person each", "later")):
+    for name, split in (("base samples", "validation"), ("base samples, one look each", "later")):
         samples, flawed = labelled_samples(split)
         reading = reader.read(to_input(list(samples)))
         out[name] = {"flawed": share(flawed), "defect AUC": auc(reading.defect, flawed), "joints AUC": auc(reading.doubt, flawed)}

@@ -120,7 +120,7 @@ def train_reader(
 
     Args:
         cycles: steps of each cosine of the learning rate; every further one begins at half the height of the one before.
-        labelled: base samples (N, 64, 64, 3) uint8 and 1 where a person saw something wrong with the body; they teach the defect head
+        labelled: base samples (N, 64, 64, 3) uint8 and 1 where something wrong with the body was seen; they teach the defect head
             alone, which otherwise knows drawn defects only.
     """
     torch.manual_seed(seed)

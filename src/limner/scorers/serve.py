@@ -81,16 +81,24 @@ class Batcher:
         """Images that wait or are being scored."""
         return self.limit - self._room
 
-    def submit(self, items: Sequence[Item]) -> None:
-        """All of a request's images, or none.
+    def reserve(self, count: int) -> None:
+        """Room for all images of a request, or none.
 
         Raises:
             Full: they do not fit.
         """
         with self._lock:
-            if len(items) > self._room:
+            if count > self._room:
                 raise Full
-            self._room -= len(items)
+            self._room -= count
+
+    def release(self, count: int) -> None:
+        """Room that was reserved and is free again."""
+        with self._lock:
+            self._room += count
+
+    def submit(self, items: Sequence[Item]) -> None:
+        """Images that room is reserved for."""
         for item in items:
             self._waiting.put(item)
 
@@ -126,11 +134,10 @@ class Batcher:
                 result[scorer.name] = item.picture if isinstance(item.picture, str) else "there is no prompt"
             for i, value in zip(asked, found):
                 results[i][scorer.name] = value
-        with self._lock:
-            self._room += len(batch)
-            self.counts["images"] += len(batch)
-            self.counts["batches"] += 1
-            self.seconds += time.monotonic() - began
+        self.release(len(batch))
+        self.counts["images"] += len(batch)
+        self.counts["batches"] += 1
+        self.seconds += time.monotonic() - began
         for item, result in zip(batch, results):
             if item.result.set_running_or_notify_cancel():
                 item.result.set_result(result)
@@ -159,7 +166,13 @@ def make_app(scorers: Sequence[Scorer], *, batch_size: int = 32, limit: int = 25
     @app.post("/score")
     async def score(request: Request) -> Response:
         try:
-            items = await read_items(request, max_bytes, limit)
+            pairs = await read_pairs(request, max_bytes, limit)
+            batcher.reserve(len(pairs))  # before decoding: a picture takes a hundred times its file
+            try:
+                items = await run_in_threadpool(decode_all, pairs)
+            except BaseException:
+                batcher.release(len(pairs))
+                raise
             batcher.submit(items)
         except Full:
             statuses[503] += 1
@@ -200,8 +213,8 @@ class TooLarge(ValueError):
     """A body or a request that is larger than the service takes."""
 
 
-async def read_items(request: Request, max_bytes: int, limit: int) -> list[Item]:
-    """The images of a request, decoded.
+async def read_pairs(request: Request, max_bytes: int, limit: int) -> list[tuple[bytes, str]]:
+    """The encoded images of a request with their prompts.
 
     Raises:
         TooLarge: more bytes or images than allowed.
@@ -227,7 +240,7 @@ async def read_items(request: Request, max_bytes: int, limit: int) -> list[Item]
         raise ValueError("no images; send at least one")
     if len(pairs) > limit:
         raise TooLarge(f"{len(pairs)} images; the service takes at most {limit} at a time")
-    return await run_in_threadpool(decode_all, pairs)
+    return pairs
 
 
 def decode_all(pairs: Sequence[tuple[bytes, str]]) -> list[Item]:

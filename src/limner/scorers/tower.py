@@ -175,12 +175,11 @@ def preprocess(images: Tensor, size: int, crop: Crop, differentiable: bool = Fal
     h, w = images.shape[-2:]
     width, height, left, top = _place(w, h, size, crop)
     x = resize_tensor(images.float(), (width, height)) if (h, w) != (height, width) else images.float()
-    return _normalise(x[..., top : top + size, left : left + size])
+    return (x[..., top : top + size, left : left + size] - x.new_tensor(MEAN).view(3, 1, 1)) / x.new_tensor(STD).view(3, 1, 1)
 
 
 def preprocess_pictures(pictures: Sequence[Image.Image], size: int, crop: Crop) -> Tensor:
     """The same of RGB pictures, whose sizes may differ."""
-
     mean, std = np.array(MEAN, np.float32), np.array(STD, np.float32)
 
     def ready(picture: Image.Image) -> np.ndarray:
@@ -189,10 +188,6 @@ def preprocess_pictures(pictures: Sequence[Image.Image], size: int, crop: Crop) 
         return (np.asarray(cut, np.float32) / np.float32(255) - mean) / std
 
     return torch.from_numpy(np.stack(in_threads(ready, pictures))).permute(0, 3, 1, 2)
-
-
-def _normalise(x: Tensor) -> Tensor:
-    return (x - x.new_tensor(MEAN).view(3, 1, 1)) / x.new_tensor(STD).view(3, 1, 1)
 
 
 def _place(w: int, h: int, size: int, crop: Crop) -> tuple[int, int, int, int]:
