@@ -46,7 +46,7 @@ def base_samples(pipeline: Pipeline, prompts: Sequence[Prompt], seed: int) -> Te
 
 
 def labelled_samples(split: str, path: Path = LABELLED) -> tuple[np.ndarray, np.ndarray]:
-    """Base samples of a split's captions (N, 64, 64, 3) uint8, and 1 where a person saw something wrong with the body (N,)."""
+    """Base samples of a split's captions (N, 64, 64, 3) uint8, and 1 where something wrong with the body was seen (N,)."""
     rows = pq.read_table(path, filters=[("split", "=", split)]).to_pylist()
     return np.stack([np.array(Image.open(io.BytesIO(r["image"]))) for r in rows]), np.array([r["flawed"] for r in rows])
 

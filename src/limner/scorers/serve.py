@@ -167,7 +167,7 @@ def make_app(scorers: Sequence[Scorer], *, batch_size: int = 32, limit: int = 25
     async def score(request: Request) -> Response:
         try:
             pairs = await read_pairs(request, max_bytes, limit)
-            batcher.reserve(len(pairs))  # before decoding: a picture takes a hundred times its file
+            batcher.reserve(len(pairs))  # before decoding: a picture takes far more memory than its file
             try:
                 items = await run_in_threadpool(decode_all, pairs)
             except BaseException:
