@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.optimize import minimize
 
 pytest.importorskip("anny", reason="the renderer needs the extra `figures`")
 
@@ -17,10 +18,12 @@ from limner.figures import captions, defects, lessons, make, scene
 from limner.figures.body import JOINTS, PARTS, build_meshes
 from limner.figures.fitting import cosines
 from limner.figures.render import camera, cast, turn
-from limner.figures.teach import reword, to_input, train_reader
+from limner.figures.teach import BODY, learn_verdict, reword, to_input, train_reader
 from limner.models.stable_diffusion import wrap
 from limner.recipe import Sampler
+from limner.scorers.joints import measure_names as joint_names
 from limner.scorers.joints import peaks
+from limner.scorers.reader import FigureReader, Reader, evidence
 from tiny import tiny_pipeline
 
 
@@ -253,6 +256,28 @@ def test_labelled_samples_teach_the_defect_head(tmp_path):
     with torch.no_grad():
         said = model(to_input(list(seen)))["defect"]
     assert said[:3].min() > said[3:].max() + 1
+
+
+def test_a_verdict_is_the_penalised_logistic_regression_of_the_labels():
+    """Against scipy's minimiser on the same objective written in numpy; half-sure labels count as such, real pictures as sound."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    model = Reader({"sex": ["man", "woman"]}, JOINTS, BODY, (4, 8, 8, 8), 8).eval()
+    reader = FigureReader(model, {k: [-1.0, 1.0] for k in joint_names(JOINTS)})
+    samples, sound = rng.integers(0, 256, (12, 64, 64, 3), dtype=np.uint8), rng.integers(0, 99, (3, 64, 64, 3), dtype=np.uint8)
+    wrong = rng.random(12).round(1)
+    verdict = learn_verdict(reader, samples, wrong, sound, penalty=0.05)
+    x = evidence(reader.read(to_input([*samples, *sound]))).double().numpy()
+    z, y = (x - x.mean(0)) / (x.std(0, ddof=1) + 1e-3), np.r_[wrong, 0, 0, 0]
+
+    def objective(w):
+        logits = z @ w[:-1] + w[-1]
+        return (np.logaddexp(0, logits) - y * logits).mean() + 0.05 * (w[:-1] ** 2).sum()
+
+    best = minimize(objective, np.zeros(z.shape[1] + 1), method="L-BFGS-B", options={"maxfun": 10**6, "ftol": 1e-13}).x
+    said = verdict(torch.from_numpy(x).float())[:, 0].numpy()
+    assert np.allclose(said, z @ best[:-1] + best[-1], atol=5e-3)
+    assert reader.verdict is None, "finish_reader gives it, after it was learned"
 
 
 def test_a_picture_and_its_copy_take_the_same_path(tmp_path):

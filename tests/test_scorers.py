@@ -183,7 +183,7 @@ def test_a_saved_reader_reads_as_before(tmp_path):
     first = reader.FigureReader(model, limits, sure={"sex": 0.95, "top": 0.94}, mirror=True)
     reader.save_reader(first, tmp_path)
     second = reader.load_reader(tmp_path)
-    assert second.mirror
+    assert second.mirror and second.verdict is None
     images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(3))
     a, b = first.read(images), second.read(images, batch_size=1)
     assert np.allclose(a.features, b.features, atol=1e-4)
@@ -193,6 +193,24 @@ def test_a_saved_reader_reads_as_before(tmp_path):
     wrong = [{**c, "top": "none"} for c in claimed]  # read too unsurely to be counted
     assert second.attribute_accuracy(b, wrong).tolist() == [1, 1, 1]
     assert np.isnan(second.attribute_accuracy(b, [{"top": "red"}] * 3)).all()
+
+
+def test_a_verdict_goes_by_all_that_is_read_and_is_saved_with_the_reader(tmp_path):
+    """Its word replaces the defect head's: the logistic function of weights times features, the head's log-odds and log(1 + doubt)."""
+    torch.manual_seed(0)
+    model = reader.Reader({"sex": ["man", "woman"]}, JOINTS, PARTS, (4, 8, 8, 16), 8).eval()
+    limits = {k: [-1.0, 1.0] for k in joints.measure_names(JOINTS)}
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    plain = reader.FigureReader(model, limits).read(images)
+    verdict = torch.nn.Linear(plain.features.shape[1] + 2, 1).requires_grad_(False)
+    first = reader.FigureReader(model, limits, verdict=verdict)
+    x = np.c_[plain.features, np.log(plain.defect / (1 - plain.defect)), np.log1p(plain.doubt)]
+    expected = 1 / (1 + np.exp(-(x @ verdict.weight[0].numpy() + verdict.bias.numpy())))
+    assert np.allclose(first.read(images).defect, expected, atol=1e-5) and not np.allclose(expected, plain.defect, atol=1e-2)
+    reader.save_reader(first, tmp_path, half=True)
+    second = reader.load_reader(tmp_path)
+    assert torch.equal(second.verdict.weight, verdict.weight), "not halved"
+    assert np.allclose(second.read(images).defect, expected, atol=1e-2) and np.array_equal(first.read(images).features, plain.features)
 
 
 def test_a_dual_scorer_resizes_as_pillow_does(scorers):

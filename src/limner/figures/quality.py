@@ -1,8 +1,8 @@
 """How good the embedded models are: `limner figures make --only '[measure]'`. Numbers for docs/figures.md, with intervals.
 
 Held-out figures come from the split `raters`, which nothing learns from. Samples of the base model were labelled by eye, from numbered
-sheets of them (by vision-language models, see docs/figures.md): those of validation captions, looked at by several, are what the reader's
-defect head is measured on, and others looked at once (split `later`); from those of the split `train` it also learns.
+sheets of them (by vision-language models, see docs/figures.md): those of validation captions, looked at by seven, are what the reader's
+word on defects is measured on, and others (split `later`); from those of `train` it also learns, the raters' reader from those of `raters`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from limner.figures.assets import DATA, find
 from limner.figures.lessons import Lessons, add_paths, attribute_indices, degrade
 from limner.figures.scene import ATTRIBUTES
 from limner.figures.teach import PATHS, to_input
-from limner.images import decode_batch, grid
+from limner.images import decode_batch, grid, to_uint8
 from limner.inputs import read_prompts
 from limner.models.stable_diffusion import Pipeline
 from limner.pool.sample import Request, sample
@@ -33,22 +33,35 @@ from limner.records import Prompt
 from limner.scorers.dual import DualScorer
 from limner.scorers.reader import FigureReader
 
-LABELLED = DATA / "labelled.parquet"  # split, sample, image, looks: what each labeller said, flawed: what most of them said
+# split, sample, image, looks: what each labeller said, 0 (nothing wrong) to 1, flawed: whether most of them saw something wrong
+LABELLED = DATA / "labelled.parquet"
 SAMPLES = 200  # of the sheets
+RATED, RATED_SEED = range(4000, 5600), 53  # training captions whose samples the raters' reader learns its verdict from, drawn as for a pool
 SAMPLER = Sampler(num_inference_steps=16, guidance_scale=2.0, batch_size=50)
+POOL_SAMPLER = Sampler(num_inference_steps=12, guidance_scale=1.0, batch_size=64)
 
 
-def base_samples(pipeline: Pipeline, prompts: Sequence[Prompt], seed: int) -> Tensor:
+def base_samples(pipeline: Pipeline, prompts: Sequence[Prompt], seed: int, sampler: Sampler = SAMPLER) -> Tensor:
     """One sample of each caption, (N, 3, 64, 64) in [0, 1]. Those labelled were of the first 200 of validation (seed 7) and of
     training numbers 0 to 799 (seed 8), 800 to 1999 (seed 50) and, as `later`, 2000 to 2799 (seed 51)."""
     requests = [Request(Prompt(id=p.id, text=p.text), 0, 64, 64) for p in prompts]
-    return torch.stack([pixels for pixels, _ in sample(pipeline, requests, SAMPLER, seed)])
+    return torch.stack([pixels for pixels, _ in sample(pipeline, requests, sampler, seed)])
 
 
-def labelled_samples(split: str, path: Path = LABELLED) -> tuple[np.ndarray, np.ndarray]:
-    """Base samples of a split's captions (N, 64, 64, 3) uint8, and 1 where something wrong with the body was seen (N,)."""
+def labelled_samples(split: str, path: Path = LABELLED) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Base samples of a split's captions (N, 64, 64, 3) uint8, how much is wrong with the body by all who looked (N,) in [0, 1], and
+    whether most of them saw something wrong (N,)."""
     rows = pq.read_table(path, filters=[("split", "=", split)]).to_pylist()
-    return np.stack([np.array(Image.open(io.BytesIO(r["image"]))) for r in rows]), np.array([r["flawed"] for r in rows])
+    images = np.stack([np.array(Image.open(io.BytesIO(r["image"]))) for r in rows])
+    return images, np.array([np.mean(r["looks"]) for r in rows]), np.array([r["flawed"] for r in rows])
+
+
+def rated_samples(pipeline: Pipeline, path: Path = LABELLED) -> tuple[np.ndarray, np.ndarray]:
+    """What the raters' reader learns its verdict from: base samples (N, 64, 64, 3) uint8, drawn anew because only what was said of them
+    is shipped, and how much is wrong with the body (N,) in [0, 1]."""
+    looks = pq.read_table(path, filters=[("split", "=", "raters")]).column("looks").to_pylist()
+    prompts = read_prompts(find("train"), "train")[RATED.start : RATED.stop]
+    return to_uint8(base_samples(pipeline, prompts, RATED_SEED, POOL_SAMPLER)), np.array([np.mean(x) for x in looks])
 
 
 def write_sheets(images: Tensor, folder: Path, columns: int = 10, rows: int = 5, zoom: int = 3) -> None:
@@ -119,8 +132,8 @@ def measure(pipeline: Pipeline, reader: FigureReader, scorers: dict[str, DualSco
     out: dict[str, Any] = {"reader": reader_quality(reader, decode_batch([p.image or b"" for p in test]), indices, held_out)}
     out |= {name: scorer_quality(scorer, held_out) for name, scorer in scorers.items()}
     write_sheets(base_samples(pipeline, read_prompts(find("validation"), "validation")[:SAMPLES], seed=7), work / "sheets")
-    for name, split in (("base samples", "validation"), ("base samples, one look each", "later")):
-        samples, flawed = labelled_samples(split)
+    for name, split in (("base samples", "validation"), ("base samples, three looks each", "later")):
+        samples, _, flawed = labelled_samples(split)
         reading = reader.read(to_input(list(samples)))
         out[name] = {"flawed": share(flawed), "defect AUC": auc(reading.defect, flawed), "joints AUC": auc(reading.doubt, flawed)}
     return out

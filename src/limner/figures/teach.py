@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import maximum_filter
-from torch import Tensor
+from torch import Tensor, nn
 
 from limner.figures.body import JOINTS, PARTS
 from limner.figures.captions import describe
@@ -21,13 +21,14 @@ from limner.loop import Metrics
 from limner.scorers.dual import DualConfig, DualEncoder, tokenize, vocabulary_of
 from limner.scorers.joints import measure_limits, peaks
 from limner.scorers.losses import contrastive, pickscore
-from limner.scorers.reader import FigureReader, Reader
+from limner.scorers.reader import FigureReader, Reader, evidence
 
 PATHS, ODDS = ("raw", "recon"), (0.25, 0.75)
 SWAPS = 3  # wrong captions a picture
 IGNORED = 255  # part of a pixel that a defect covers
 BODY = ("background", *PARTS)  # what the reader's part maps name
 LABELLED = 12  # samples labelled by eye in a reader's batch, if it is given any
+SOUND = 50  # real pictures among those that a verdict is learned from
 
 
 def pictures(lessons: Lessons, kinds: np.ndarray, rows: np.ndarray, paths: list[str], flips: np.ndarray) -> list[np.ndarray]:
@@ -120,7 +121,7 @@ def train_reader(
 
     Args:
         cycles: steps of each cosine of the learning rate; every further one begins at half the height of the one before.
-        labelled: base samples (N, 64, 64, 3) uint8 and 1 where something wrong with the body was seen; they teach the defect head
+        labelled: base samples (N, 64, 64, 3) uint8 and how surely something is wrong with the body, 0 to 1; they teach the defect head
             alone, which otherwise knows drawn defects only.
     """
     torch.manual_seed(seed)
@@ -176,12 +177,50 @@ def train_reader(
     return model.eval()
 
 
-def finish_reader(model: Reader, real: np.ndarray, attributes: np.ndarray, *, mirror: bool = False) -> FigureReader:
+def finish_reader(
+    model: Reader, real: np.ndarray, attributes: np.ndarray, *, mirror: bool = False, labelled: tuple[np.ndarray, np.ndarray] | None = None
+) -> FigureReader:
     """Measure what is normal on real pictures (N, 64, 64, 3) uint8, and how surely their attributes (N, attributes) are read.
 
-    mirror: as for `FigureReader`.
+    Args:
+        mirror: as for `FigureReader`.
+        labelled: base samples (M, 64, 64, 3) uint8 and how much is wrong with the body, 0 to 1, of which it learns its verdict.
     """
     seen = FigureReader(model, {}, mirror=mirror).look(to_input(list(real)))
     first, second, spots = (x.numpy() for x in peaks(seen["joints"]))
     sure = {n: round(float((seen[n].argmax(1).numpy() == attributes[:, i]).mean()), 4) for i, n in enumerate(ATTRIBUTES)}
-    return FigureReader(model, measure_limits(model.joints, first, second, spots), sure=sure, mirror=mirror)
+    reader = FigureReader(model, measure_limits(model.joints, first, second, spots), sure=sure, mirror=mirror)
+    if labelled is not None:
+        reader.verdict = learn_verdict(reader, *labelled, sound=real[:SOUND])
+    return reader
+
+
+def learn_verdict(reader: FigureReader, samples: np.ndarray, wrong: np.ndarray, sound: np.ndarray, penalty: float = 0.03) -> nn.Linear:
+    """A reader's verdict on soundness: a logistic regression of what labellers saw on all that the reader reads.
+
+    Linear and penalised, because labels are few. What the network's own head misses is what the joints show, which it hardly sees.
+
+    Args:
+        samples: of the base model, (N, 64, 64, 3) uint8; wrong (N,) in [0, 1]: how much, by those who looked.
+        sound: real pictures (M, 64, 64, 3), with which nothing is wrong. The more, the fewer of them are called flawed, and the less well
+            base samples are told apart.
+        penalty: of the squared weights of standardised evidence, beside the mean cross-entropy.
+    """
+    plain = FigureReader(reader.model, reader.limits, mirror=reader.mirror)
+    x = evidence(plain.read(to_input([*samples, *sound]))).double()
+    y = torch.cat([torch.as_tensor(wrong).double(), torch.zeros(len(sound)).double()])
+    mean, spread = x.mean(0), x.std(0) + 1e-3  # some evidence never varies
+    weight, bias = torch.zeros(x.shape[1]).double().requires_grad_(), torch.zeros(1).double().requires_grad_()
+    o = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        o.zero_grad()
+        loss = F.binary_cross_entropy_with_logits((x - mean) / spread @ weight + bias, y) + penalty * weight.square().sum()
+        loss.backward()
+        return loss
+
+    o.step(closure)
+    verdict = nn.Linear(x.shape[1], 1).requires_grad_(False)
+    verdict.weight.copy_((weight / spread).detach()[None])
+    verdict.bias.copy_((bias - (mean / spread * weight).sum()).detach())
+    return verdict

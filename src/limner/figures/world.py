@@ -234,7 +234,9 @@ def make_reader(world: World) -> None:
 
 
 def make_rater_reader(world: World) -> None:
-    """What simulated raters know of generated pictures: other people, another seed, so that they do not err as the reader does."""
+    """What simulated raters know of generated pictures: other people, another seed, so that they do not err as the reader does.
+
+    Its verdict on soundness learns from samples of its own, too."""
     _make_reader(world, "rater_reader", "judge", world.rater_reader_steps, world.seed + 31)
 
 
@@ -242,18 +244,19 @@ def _make_reader(
     world: World, part: str, split: str, cycles: Sequence[int], seed: int, *, by_eye: bool = False, mirror: bool = False
 ) -> None:
     from limner.figures.lessons import attribute_indices
-    from limner.figures.quality import labelled_samples
+    from limner.figures.quality import labelled_samples, rated_samples
     from limner.figures.teach import finish_reader, train_reader
     from limner.scorers.reader import save_reader
 
     done = _folder(world, f"{part}/model")
     if done.is_dir():
         return
-    lessons, _ = _lessons(world, split)
-    labelled = labelled_samples("train") if by_eye else None
+    lessons, pipeline = _lessons(world, split)
+    labelled = labelled_samples("train")[:2] if by_eye else None
     model = train_reader(lessons, done.parent, cycles=cycles, seed=seed, labelled=labelled)
     rows = _read(world, "train", ["image", "attributes"])[:2000]
-    finished = finish_reader(model, _pixels(rows), attribute_indices([json.loads(r["attributes"]) for r in rows]), mirror=mirror)
+    attributes = attribute_indices([json.loads(r["attributes"]) for r in rows])
+    finished = finish_reader(model, _pixels(rows), attributes, mirror=mirror, labelled=labelled or rated_samples(pipeline))
     save_whole(done, lambda folder: save_reader(finished, folder, half=True))
 
 

@@ -24,6 +24,7 @@ from limner.scorers.joints import PEAK, doubt, joint_measures, mirrored, peaks
 from limner.store import sha256
 
 LAYOUT = 16  # channels of the grid that is read place by place
+VERDICT = "verdict."  # prefix of its weights in a file
 SURE = 0.95  # share of real pictures of which an attribute must be read rightly, to be counted in others
 
 
@@ -114,6 +115,8 @@ class FigureReader:
 
     sure: share of real figures of which each attribute was read rightly; those not named count as read.
     mirror: read each picture and its mirror image, and take the mean.
+    verdict: (F + 2) -> 1, the log-odds of a defect from all that was read (`evidence`), learned from samples that were looked at; without
+        it the network's own defect head, which knows drawn defects best, has the last word.
     """
 
     def __init__(
@@ -123,8 +126,10 @@ class FigureReader:
         revision: str = "",
         sure: Mapping[str, float] | None = None,
         mirror: bool = False,
+        verdict: nn.Linear | None = None,
     ):
         self.model, self.limits, self.revision, self.sure, self.mirror = model.eval(), limits, revision, dict(sure or {}), mirror
+        self.verdict = verdict
 
     @torch.no_grad()
     def look(self, images: Tensor, batch_size: int = 64) -> dict[str, Tensor]:
@@ -152,10 +157,13 @@ class FigureReader:
         features = torch.cat(
             [*attributes, first, second, spots.flatten(1) * (first > PEAK).repeat_interleave(2, 1), out["summary"], out["soundness"]], 1
         )
-        return Reading(
+        reading = Reading(
             {name: out[name].argmax(1).numpy() for name in self.model.attributes},
             out["defect"].numpy(), doubts <= 1.0, doubts, features.numpy(),
         )  # fmt: skip
+        if self.verdict is not None:
+            reading.defect = self.verdict(evidence(reading)).sigmoid()[:, 0].numpy()
+        return reading
 
     def attribute_accuracy(self, reading: Reading, claimed: Sequence[Mapping[str, str]]) -> np.ndarray:
         """Share of the attributes that each caption claims and the image shows, (B,); of those that the reader reads surely (`SURE`)."""
@@ -165,6 +173,13 @@ class FigureReader:
             right = [self.model.attributes[n][reading.attributes[n][i]] == claims[n] for n in names]
             out.append(float(np.mean(right)) if right else np.nan)
         return np.array(out)
+
+
+def evidence(reading: Reading) -> Tensor:
+    """What a verdict on soundness goes by, (B, F + 2): the features, the defect head's log-odds, and the logarithm of the joints' doubt."""
+    head = torch.logit(torch.from_numpy(reading.defect), eps=1e-6)
+    doubts = torch.from_numpy(reading.doubt).float().log1p()
+    return torch.cat([torch.from_numpy(reading.features), head[:, None], doubts[:, None]], 1)
 
 
 def _probabilities(model: Reader, images: Tensor) -> dict[str, Tensor]:
@@ -191,10 +206,10 @@ def save_reader(reader: FigureReader, folder: Path, *, half: bool = False) -> No
         "mirror": reader.mirror,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1))
-    save_file(
-        {k: (v.half() if half and v.is_floating_point() else v).contiguous() for k, v in m.state_dict().items()},
-        folder / "model.safetensors",
-    )
+    weights = {k: (v.half() if half and v.is_floating_point() else v).contiguous() for k, v in m.state_dict().items()}
+    if reader.verdict is not None:  # whole numbers and small fractions weigh side by side in it: float32
+        weights |= {VERDICT + k: v.contiguous() for k, v in reader.verdict.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
 
 
 def load_reader(folder: Path) -> FigureReader:
@@ -210,6 +225,13 @@ def load_reader(folder: Path) -> FigureReader:
     if config.get("kind") != "reader":
         raise ValueError(f"{folder} holds a {config.get('kind', 'model of another kind')!r}, not a reader")
     model = Reader(config["attributes"], config["joints"], config["parts"], config["channels"], config["width"])
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / "model.safetensors").items()})
+    weights = {k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / "model.safetensors").items()}
+    last = {k.removeprefix(VERDICT): weights.pop(k) for k in list(weights) if k.startswith(VERDICT)}
+    model.load_state_dict(weights)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return FigureReader(model, config["limits"], sha256(folder / "model.safetensors")[:16], config.get("sure"), config.get("mirror", False))
+    verdict = None
+    if last:
+        verdict = nn.Linear(last["weight"].shape[1], 1)
+        verdict.load_state_dict(last)
+    revision = sha256(folder / "model.safetensors")[:16]
+    return FigureReader(model, config["limits"], revision, config.get("sure"), config.get("mirror", False), verdict)
