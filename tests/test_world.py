@@ -14,10 +14,13 @@ from diffusers import DiffusionPipeline
 pytest.importorskip("anny")
 
 from limner.cli import main
+from limner.figures import quality
 from limner.figures.assets import find
 from limner.figures.captions import describe
 from limner.figures.make import reword
 from limner.models.stable_diffusion import load_pipeline
+from limner.recipe import Sampler
+from limner.records import Prompt
 from limner.scorers import dual
 from limner.scorers.reader import load_reader
 
@@ -30,8 +33,15 @@ SMALL = {
 }  # fmt: skip
 
 
-def test_the_recipe_makes_the_world(tmp_path: Path) -> None:
+def test_the_recipe_makes_the_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything but the measuring; made again, nothing is: each part is found finished."""
+    drawn = []
+
+    def draw(pipeline: object, prompts: list[Prompt], seed: int, sampler: Sampler) -> torch.Tensor:  # in place of 1,600 samples
+        drawn.append((prompts[0].id, prompts[-1].id, len(prompts), seed, sampler.guidance_scale))
+        return torch.rand(len(prompts), 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    monkeypatch.setattr(quality, "base_samples", draw)
     options = {**SMALL, "output_dir": tmp_path / "world", "ship_dir": tmp_path / "ship"}
     parts = ["images", "autoencoder", "base", "preference", "judge", "reader", "rater_reader", "ship"]
     words = ["figures", "make", "--config", str(ROOT / "recipes/figures/world.yaml"), "--only", f"[{','.join(parts)}]"]
@@ -54,6 +64,8 @@ def test_the_recipe_makes_the_world(tmp_path: Path) -> None:
     assert load_pipeline(str(ship / "base")).latent_shape(64, 64) == (4, 16, 16)
     read = load_reader(ship / "reader").read(torch.rand(1, 3, 64, 64))
     assert set(read.attributes) >= set(json.loads(rows["test"][0]["truth"])["claimed"])
+    assert drawn == [("train-004000", "train-005599", 1600, 53, 1.0)], "what the shipped looks are looks at"
+    assert all(load_reader(ship / name).verdict is not None for name in ("reader", "rater_reader"))
     for name in ("preference", "judge"):
         assert dual.load_scorer(ship / name, name)(torch.rand(1, 3, 64, 64), ["a man"]).isfinite().all()
 
