@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from limner.figures.fitting import logistic_regression
 from limner.records import Choice
 from limner.scorers.agreement import accuracy, judge
 from limner.scorers.choices import pairs
-from limner.scorers.losses import bradley_terry
 
 Array = NDArray[np.float64]
 
@@ -64,15 +64,4 @@ def fit_linear(rows: Sequence[Choice], features: Sequence[Array], l2: float = 1e
     known = [(f[i] - f[j], p) for row, f in zip(rows, features) for i, j, p in pairs(row) if p != 0.5]
     x = torch.tensor(np.array([d for d, _ in known]), dtype=torch.float64)
     p = torch.tensor([p for _, p in known], dtype=torch.float64)
-    w = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([w], max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        z = x @ w
-        loss = bradley_terry(z, torch.zeros_like(z), preference=p).mean() + l2 * (w * w).sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return w.detach().numpy()
+    return logistic_regression(x, p, l2, intercept=False)[0].numpy()

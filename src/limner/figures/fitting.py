@@ -1,4 +1,4 @@
-"""Train a small model of the embedded world: resume, fit with checkpoints, and let what is finished appear whole."""
+"""Train a small model of the embedded world: resume, fit with checkpoints, let what is finished appear whole; fit a linear one at once."""
 
 from __future__ import annotations
 
@@ -9,9 +9,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from limner import checkpoint
 from limner.loop import Every, Metrics, Optimisation, fit, schedule
+
+
+def logistic_regression(x: Tensor, y: Tensor, penalty: float, *, intercept: bool = True) -> tuple[Tensor, Tensor]:
+    """The weight (D,) and bias (1,) that make x @ weight + bias the log-odds of y: least mean cross-entropy plus penalty.
+
+    Args:
+        x: (N, D) float64.
+        y: (N,) float64, probabilities.
+        penalty: of the sum of squared weights; the bias goes free.
+        intercept: without it the bias is 0.
+    """
+    weight, bias = torch.zeros(x.shape[1], dtype=x.dtype, requires_grad=True), torch.zeros(1, dtype=x.dtype, requires_grad=intercept)
+    optimizer = torch.optim.LBFGS([weight, bias] if intercept else [weight], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.binary_cross_entropy_with_logits(x @ weight + bias, y) + penalty * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weight.detach(), bias.detach()
 
 
 def cosines(cycles: Sequence[int], warmup: int = 50) -> Callable[[int], float]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from limner.figures.body import JOINTS, PARTS
 from limner.figures.captions import describe
-from limner.figures.fitting import resume, train
+from limner.figures.fitting import logistic_regression, resume, train
 from limner.figures.lessons import Lessons, degrade, heatmaps, mirror_joints, shift, vary
 from limner.figures.scene import ATTRIBUTES
 from limner.loop import Metrics
@@ -201,26 +201,17 @@ def learn_verdict(reader: FigureReader, samples: np.ndarray, wrong: np.ndarray, 
     Linear and penalised, because labels are few. What the network's own head misses is what the joints show, which it hardly sees.
 
     Args:
+        reader: without a verdict.
         samples: of the base model, (N, 64, 64, 3) uint8; wrong (N,) in [0, 1]: how much, by those who looked.
         sound: real pictures (M, 64, 64, 3), with which nothing is wrong. The more, the fewer of them are called flawed, and the less well
             base samples are told apart.
         penalty: of the squared weights of standardised evidence, beside the mean cross-entropy.
     """
-    plain = FigureReader(reader.model, reader.limits, mirror=reader.mirror)
-    x = evidence(plain.read(to_input([*samples, *sound]))).double()
+    x = evidence(reader.read(to_input([*samples, *sound]))).double()
     y = torch.cat([torch.as_tensor(wrong).double(), torch.zeros(len(sound)).double()])
     mean, spread = x.mean(0), x.std(0) + 1e-3  # some evidence never varies
-    weight, bias = torch.zeros(x.shape[1]).double().requires_grad_(), torch.zeros(1).double().requires_grad_()
-    o = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        o.zero_grad()
-        loss = F.binary_cross_entropy_with_logits((x - mean) / spread @ weight + bias, y) + penalty * weight.square().sum()
-        loss.backward()
-        return loss
-
-    o.step(closure)
+    weight, bias = logistic_regression((x - mean) / spread, y, penalty)
     verdict = nn.Linear(x.shape[1], 1).requires_grad_(False)
-    verdict.weight.copy_((weight / spread).detach()[None])
-    verdict.bias.copy_((bias - (mean / spread * weight).sum()).detach())
+    verdict.weight.copy_((weight / spread)[None])
+    verdict.bias.copy_(bias - (mean / spread * weight).sum())
     return verdict
