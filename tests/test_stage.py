@@ -207,7 +207,7 @@ def test_statistics_of_the_same_pass_equal_a_separate_one(pairs: Pairs, predicti
     moved(pipeline)
     batch = replace(Draw(pairs, replace(LEARN, train_batch_size=4), 0, "easy")(0)[0], t=torch.tensor([0, 30, 500, 999]))
     errors = measure(pipeline, batch, lambda: adapter_off(pipeline.unet))
-    found = losses.statistics(errors.policy_noise, errors.reference_noise, batch.t, pipeline.alphas)
+    found = losses.statistics(errors.policy_noise, errors.base_noise, batch.t, pipeline.alphas)
     ddpm = DDPMScheduler.from_config(pipeline.scheduler_config)
     assert not ddpm.config.clip_sample
     noisy = ddpm.add_noise(batch.winner, batch.noise, batch.t)
@@ -261,6 +261,26 @@ def test_reference_base_or_start(pairs: Pairs, undisturbed: tuple[Adapter, Path]
         assert torch.equal(pipeline.predict(x, t, text), again.predict(x, t, text))
 
 
+def test_statistics_are_kept_to_the_base_whatever_the_reference(pairs: Pairs, undisturbed: tuple[Adapter, Path], tmp_path: Path) -> None:
+    """The first step's term of a stage that starts from a trained adapter: as by eq. 4 against the base, which the start has left."""
+    learn = replace(LEARN, max_train_steps=1)
+    for reference in ("base", "start"):
+        run(tmp_path / reference, pairs, replace(learn, reference=reference), start=undisturbed[0])
+    pipeline = fresh()
+    add_lora(pipeline.unet, "policy", rank=2)
+    load_adapter_state(pipeline.unet, "policy", undisturbed[0])
+    batch = Draw(pairs, learn, 3, "easy")(0)[0]
+    with torch.no_grad():
+        noisy = pipeline.add_noise(batch.winner, batch.noise, batch.t)
+        policy = pipeline.predict(noisy, batch.t, batch.text)
+        with adapter_off(pipeline.unet):
+            base = pipeline.predict(noisy, batch.t, batch.text)
+    wanted = learn.statistics_weight * losses.statistics(policy, base, batch.t, pipeline.alphas).mean().item()
+    assert wanted > 1e-4
+    assert log(tmp_path / "start")[0]["statistics"] == pytest.approx(wanted, rel=1e-4)
+    assert log(tmp_path / "base")[0]["statistics"] == pytest.approx(wanted, rel=1e-4)
+
+
 def test_terms_add_up(pairs: Pairs) -> None:
     """loss = dpo + weight * statistics + weight * winner's error; loser_weight and safeguard change gradients only."""
     pipeline = fresh()
@@ -276,7 +296,7 @@ def test_terms_add_up(pairs: Pairs) -> None:
 
     plain, gradient = total()
     errors = measure(pipeline, batch, lambda: adapter_off(pipeline.unet))
-    term = losses.statistics(errors.policy_noise, errors.reference_noise, batch.t, pipeline.alphas)
+    term = losses.statistics(errors.policy_noise, errors.base_noise, batch.t, pipeline.alphas)
     full, _ = compute_loss(errors, batch.t, replace(LEARN, beta=10, statistics_weight=100.0, sft_weight=0.5), pipeline.alphas)
     assert torch.allclose(full, plain + 100 * term + 0.5 * errors.winner, rtol=1e-5)
     for options in ({"loser_weight": 0.25}, {"safeguard": 0.9}):

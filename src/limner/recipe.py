@@ -180,8 +180,8 @@ class Learn:
     Args:
         loss: dpo (Diffusion-DPO) or sft (denoising error of the winner).
         beta: of DPO, per mean squared error, with the factor 1/2 of the original code.
-        statistics_weight: of HG-DPO's statistics-matching term (eq. 4), which keeps channel means where the reference's are (in the paper
-            that is the base model's); 0 = off.
+        statistics_weight: of HG-DPO's statistics-matching term (eq. 4), which keeps channel means where the base model's are, whatever the
+            reference; 0 = off.
         sft_weight: adds the winner's denoising error.
         loser_weight: multiplies the loser's gradient; `safeguard` picks it a sample.
         safeguard: mu of Diffusion-SDPO's loser safeguard; 0 = off.

@@ -30,7 +30,7 @@ class Batch:
 
 @dataclass
 class Errors:
-    """Per-sample errors (B,), the residuals (prediction - target) behind them, and the winner's predicted noise of both networks."""
+    """Per-sample errors (B,), the residuals (prediction - target) behind them, and the winner's predicted noise of policy and base."""
 
     winner: Tensor
     winner_reference: Tensor
@@ -39,14 +39,18 @@ class Errors:
     winner_residual: Tensor
     loser_residual: Tensor | None
     policy_noise: Tensor
-    reference_noise: Tensor
+    base_noise: Tensor
 
 
-def measure(pipeline: Pipeline, batch: Batch, reference: Callable[[], AbstractContextManager[None]]) -> Errors:
+Network = Callable[[], AbstractContextManager[None]]
+
+
+def measure(pipeline: Pipeline, batch: Batch, reference: Network, base: Network | None = None) -> Errors:
     """Errors of the policy (with gradient) and of the reference (without).
 
-    `reference` is a context in which the network is the reference. Its pass comes first, so that gradient checkpointing,
-    which recomputes during backward, always sees the policy.
+    `reference` is a context in which the network is the reference, and `base` one in which it is the base model, where that is another
+    and the statistics term asks for it (a pass of its own, of the winners); None = the reference. Their passes come first, so that
+    gradient checkpointing, which recomputes during backward, always sees the policy.
     """
     paired = batch.loser is not None
     double = lambda x: torch.cat([x, x]) if paired else x  # noqa: E731
@@ -55,14 +59,17 @@ def measure(pipeline: Pipeline, batch: Batch, reference: Callable[[], AbstractCo
     noisy, target = pipeline.add_noise(clean, noise, t), pipeline.target(clean, noise, t)
     if pipeline.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last):
         noisy = noisy.contiguous(memory_format=torch.channels_last)
+    n = len(batch.winner)
     with torch.no_grad(), reference():
         expected = pipeline.predict(noisy, t, text)
+    usual = expected[:n]
+    if base is not None:
+        with torch.no_grad(), base():
+            usual = pipeline.predict(noisy[:n], t[:n], text[:n])
     predicted = pipeline.predict(noisy, t, text)
     residual = predicted - target
     policy = residual.square().flatten(1).mean(1)
     frozen = (expected - target).square().flatten(1).mean(1)
-    n = len(batch.winner)
-    pick = slice(0, n)
     return Errors(
         policy[:n],
         frozen[:n],
@@ -70,6 +77,6 @@ def measure(pipeline: Pipeline, batch: Batch, reference: Callable[[], AbstractCo
         frozen[n:] if paired else None,
         residual[:n],
         residual[n:] if paired else None,
-        pipeline.to_noise(predicted[pick], noisy[pick], t[pick]),
-        pipeline.to_noise(expected[pick], noisy[pick], t[pick]),
+        pipeline.to_noise(predicted[:n], noisy[:n], t[:n]),
+        pipeline.to_noise(usual, noisy[:n], t[:n]),
     )

@@ -51,7 +51,7 @@ def statistics(policy_noise: Tensor, base_noise: Tensor, t: Tensor, alphas: Tens
     mu(l_theta) - mu(l_base) = -c_t mu(eps_theta - eps_base) with c_t = (1 - a_t) / (sqrt(a_t) sqrt(1 - abar_t)), a_t = abar_t / abar_{t-1}.
 
     Args:
-        policy_noise, base_noise: noise predicted for the winner by policy and reference, (B, C, H, W), the first with gradient.
+        policy_noise, base_noise: noise predicted for the winner by policy and base model, (B, C, H, W), the first with gradient.
         t: timesteps (B,) int.
         alphas: (T,) cumulative alphas (abar).
 

@@ -29,7 +29,7 @@ from limner.recipe import Learn
 from limner.records import Example
 from limner.store import write_atomic
 from limner.training import losses
-from limner.training.errors import Batch, Errors, measure
+from limner.training.errors import Batch, Errors, Network, measure
 
 POLICY, START = "policy", "start"
 
@@ -150,7 +150,7 @@ def compute_loss(errors: Errors, t: Tensor, learn: Learn, alphas: Tensor) -> tup
         loser = losses.scale_gradient(loser, factor)
     loss, metrics = losses.dpo(errors.winner, loser, errors.winner_reference, errors.loser_reference, beta=learn.beta)
     if learn.statistics_weight:
-        term = losses.statistics(errors.policy_noise, errors.reference_noise, t, alphas)
+        term = losses.statistics(errors.policy_noise, errors.base_noise, t, alphas)
         loss = loss + learn.statistics_weight * term
         metrics["statistics"] = learn.statistics_weight * term.detach()
     if learn.sft_weight:
@@ -187,9 +187,11 @@ def train_stage(
     )
     if start is not None:
         load_adapter_state(unet, POLICY, start)
-    reference: Callable[[], AbstractContextManager[None]] = lambda: adapter_off(unet)  # noqa: E731
+    reference: Network = lambda: adapter_off(unet)  # noqa: E731
+    base: Network | None = None  # the reference
     if learn.reference == "start":
         copy_adapter(unet, POLICY, START)
+        base = reference if learn.statistics_weight else None
         reference = lambda: adapter_as(unet, START)  # noqa: E731
     if learn.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -212,7 +214,7 @@ def train_stage(
             batch.t.to(device), batch.names,
         )  # fmt: skip
         with cast():
-            errors = measure(pipeline, moved, reference)
+            errors = measure(pipeline, moved, reference, base)
         value, metrics = compute_loss(errors, moved.t, learn, pipeline.alphas)
         return value.mean(), {k: v.mean().item() for k, v in metrics.items()}
 
