@@ -43,6 +43,17 @@ def test_processes_and_accumulation_draw_what_one_large_batch_draws(pairs: Pairs
         assert [r for part in parts for r in rows(part(step))] == wanted
 
 
+def test_processes_share_batches_that_pairs_do_not_fill() -> None:
+    """Seven pairs of two sizes, four a step: whatever the epoch, two processes of two each draw what one of four does, in one size."""
+    mixed = prepare(fresh(), examples(7, sizes=((8, 8), (12, 8))))
+    large = Draw(mixed, replace(LEARN, train_batch_size=4), 0, "easy")
+    parts = [Draw(mixed, LEARN, 0, "easy", process, 2) for process in range(2)]
+    for step in range(6):
+        halves = [part(step) for part in parts]
+        assert [r for half in halves for r in rows(half)] == rows(large(step))
+        assert len({b.winner.shape for half in halves for b in half}) == 1
+
+
 def test_draws_depend_on_the_step_alone(pairs: Pairs) -> None:
     """Asked for out of order, as after a resume; and differ by seed, stage and step."""
     draw, again = Draw(pairs, LEARN, 0, "easy"), Draw(pairs, LEARN, 0, "easy")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from chain import write_recipe
+from endpoint import Server, said
 from limner.cli import main
-from limner.estimate import Costs, Counts, Line, duration, plan, priced
+from limner.estimate import Costs, Counts, Line, check_inputs, duration, measure, plan, priced
 from limner.recipe import load_recipe
 from limner.steps import Run
 
@@ -28,6 +30,13 @@ def test_counts_are_those_of_the_recipe(tmp_path: Path) -> None:
         assert lines[f"train {stage}"] == Line(f"train {stage}", 2 * 2 * 4, 2 * 2 * 2)
     assert lines["generate"] == Line("generate", 6 * 4 * 2 * 2, 24), "base and three stages"
     assert lines["evaluate"] == Line("evaluate", 6 * 5 * 2, 30), "the real photos as well, by two scorers"
+
+
+def test_a_base_that_is_not_the_reference_is_a_pass_more(tmp_path: Path) -> None:
+    """2 steps of 2 pairs through policy and reference, and with the statistics term their winners through the base."""
+    start = ["--stages.normal.learn.reference=start", "--stages.hard.learn.reference=start", "--stages.hard.learn.statistics_weight=1e4"]
+    lines = {line.step: line.calls for line in plan(Run(load_recipe(write_recipe(tmp_path), start)), Counts(6, 6, 16, 16))}
+    assert [lines[f"train {s}"] for s in ("easy", "normal", "hard")] == [2 * 2 * 4, 2 * 2 * 4, 2 * 2 * 5]
 
 
 def test_without_guidance_there_is_one_branch(tmp_path: Path) -> None:
@@ -73,6 +82,21 @@ def test_a_dry_run_prints_and_writes_nothing(tmp_path: Path, capsys: pytest.Capt
         assert step in printed
     for word in ("effective batch size 2", "trainable parameters", "beta 2500 per"):
         assert word in printed
+
+
+def test_a_dry_run_asks_a_judge_and_keeps_nothing(tmp_path: Path) -> None:
+    """Asked twice, the second time for its time, which is not that of an answer at hand; and what it said is in no file."""
+    server = Server()
+    scorers = {"judge": {"kind": "judge", "path": server.url, "model": "m"}}
+    recipe, waits = write_recipe(tmp_path, scorers=scorers), 0.2
+    server.reply = lambda body: time.sleep(waits) or (200, said("Final Score: 3"))  # type: ignore[func-returns-value]
+    before = files(tmp_path)
+    run = Run(load_recipe(recipe))
+    counts, first = check_inputs(run)
+    assert measure(run, counts, first).score["judge"] >= waits
+    server.close()
+    assert len(server.seen) == 2
+    assert files(tmp_path) == before
 
 
 @pytest.mark.parametrize("part", ["photos/3.png", "picker/model.safetensors", "model/model_index.json"])

@@ -21,8 +21,11 @@ from limner.steps.learn import GRID
 from limner.store import is_complete
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from limner.models.stable_diffusion import Pipeline
     from limner.records import Prompt
+    from limner.scorers.protocol import Scorer
     from limner.steps import Run
 
 
@@ -76,8 +79,9 @@ def branches_of(recipe: Recipe) -> int:
 
 
 def passes(learn: Learn) -> int:
-    """Samples through the network for a training example: winner and loser, each through policy and reference."""
-    return 4 if learn.loss == "dpo" else 2
+    """Samples through the network for a training example: winner and loser, each through policy and reference; and, for the statistics
+    term of a stage whose reference is another, the winner through the base."""
+    return (5 if learn.statistics_weight and learn.reference == "start" else 4) if learn.loss == "dpo" else 2
 
 
 def plan(run: Run, counts: Counts) -> list[Line]:
@@ -186,7 +190,7 @@ def measure(run: Run, counts: Counts, first: Prompt) -> Costs:
         pixels = pipeline.decode_latents(noisy[:1]).cpu()
     if first.image is not None:  # a photo tells more of file sizes than an unfinished picture
         pixels = to_tensor(fit_to(decode(first.image), counts.width, counts.height, "center"))[None]
-    score = {n: timed(lambda n=n: run.scorers[n](pixels, [first.text])) for n in {*choosing(r), *judging(r)}}  # type: ignore[misc]
+    score = {n: timed(lambda n=n: _ask(run.scorers, n, pixels, first.text)) for n in {*choosing(r), *judging(r)}}  # type: ignore[misc]
     train, parameters = {}, {}
     for name, stage in r.stages.items():
         adapter = lora.add_lora(pipeline.unet, "estimate", rank=stage.learn.rank, blocks=stage.learn.blocks)
@@ -197,6 +201,14 @@ def measure(run: Run, counts: Counts, first: Prompt) -> Costs:
         pipeline.unet.disable_gradient_checkpointing()
     elements = shape[0] * shape[1] * shape[2]
     return Costs(call, train, image, score, len(encode_png(pixels[0])), 4 * elements, memory, parameters)
+
+
+def _ask(scorers: dict[str, Scorer], name: str, pixels: Tensor, text: str) -> None:
+    """Score an image; who is asked over a network, be it for a sum, is asked anew, and the answer kept nowhere."""
+    for scorer in scorers.values():
+        if hasattr(scorer, "keep_answers"):
+            scorer.keep_answers(None)
+    scorers[name](pixels, [text])
 
 
 def _train_step(pipeline: Pipeline, learn: Learn, shape: tuple[int, ...], text: Any) -> None:
@@ -215,7 +227,8 @@ def _train_step(pipeline: Pipeline, learn: Learn, shape: tuple[int, ...], text: 
     t = torch.full((n,), 500, device=device)
     batch = Batch(draw(), draw() if learn.loss == "dpo" else None, text.expand(n, -1, -1), draw(), t, [])
     with torch.autocast(device.type, pipeline.dtype, enabled=pipeline.dtype != torch.float32):
-        errors = errors_of(pipeline, batch, lambda: adapter_off(pipeline.unet))
+        off = lambda: adapter_off(pipeline.unet)  # noqa: E731
+        errors = errors_of(pipeline, batch, off, off if passes(learn) == 5 else None)
     value = errors.winner.mean() - (errors.loser.mean() if errors.loser is not None else 0.0)
     value.backward()
     pipeline.unet.zero_grad(set_to_none=True)

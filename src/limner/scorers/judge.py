@@ -145,8 +145,8 @@ class JudgeScorer:
         self.revision = f"{self.metric}@{backend.revision or backend.model}:{wording}"
         self.journal = Journal(journal, backend.model)
 
-    def keep_answers(self, path: Path) -> None:
-        """Keep answers in a file from now on, and take those that it has."""
+    def keep_answers(self, path: Path | None) -> None:
+        """Keep answers in a file from now on, and take those that it has; None = forget what was answered, keep no file."""
         self.journal = Journal(path, self.backend.model)
 
     def to_device(self, device: str) -> None:

@@ -98,8 +98,8 @@ def batched(rows: Sequence[int], size: int) -> list[list[int]]:
 class Draw:
     """Which examples, noise and timesteps a step sees: decided by (seed, stage, step, position in the global batch) alone.
 
-    Every example comes once an epoch, in an order of its own; a batch holds latents of one size, and one that the size's
-    examples do not fill is filled from its beginning.
+    Every example comes once an epoch, in an order of its own; a batch, which the processes share, holds latents of one size,
+    and one that the size's examples do not fill is filled from its beginning.
     """
 
     def __init__(self, pairs: Pairs, learn: Learn, seed: int, stage: str, process: int = 0, processes: int = 1):
@@ -110,14 +110,14 @@ class Draw:
     def __call__(self, step: int) -> list[Batch]:
         """The micro-batches of this process at a step."""
         accumulation = self.learn.gradient_accumulation_steps
-        return [self._batch((step * accumulation + m) * self.processes + self.process) for m in range(accumulation)]
+        return [self._batch(step * accumulation + m) for m in range(accumulation)]
 
     def _epoch(self, epoch: int) -> list[list[int]]:
         g = seeds.generator(*self.key, "order", epoch)
         by_size: dict[tuple[int, ...], list[int]] = {}
         for row in torch.randperm(len(self.pairs), generator=g).tolist():
             by_size.setdefault(tuple(self.pairs.winner[row].shape), []).append(row)
-        size = self.learn.train_batch_size
+        size = self.learn.train_batch_size * self.processes
         full = [(part * size)[:size] for rows in by_size.values() for part in batched(rows, size)]
         return [full[i] for i in torch.randperm(len(full), generator=g).tolist()] if len(by_size) > 1 else full
 
@@ -125,8 +125,9 @@ class Draw:
         epoch, index = divmod(number, len(self.batches))
         if epoch != self.epoch:
             self.epoch, self.batches = epoch, self._epoch(epoch)
-        p, rows = self.pairs, self.batches[index]
-        first = number * self.learn.train_batch_size  # so that one large batch draws what several small ones do
+        size = self.learn.train_batch_size
+        p, rows = self.pairs, self.batches[index][self.process * size :][:size]
+        first = (number * self.processes + self.process) * size  # so that one large batch draws what several small ones do
         generators = [seeds.generator(*self.key, "draw", first + i) for i in range(len(rows))]
         low, high = self.learn.min_timestep, self.learn.max_timestep
         t = torch.stack([torch.randint(low, high, (), generator=g) for g in generators])
