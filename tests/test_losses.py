@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from limner.training.losses import LOSSES, dpo, equivalent_betas, safeguard, scale_gradient, sft, statistics
+from limner.training.losses import dpo, equivalent_betas, safeguard, scale_gradient, sft, statistics
 
 
 def column(*values: float) -> Tensor:
@@ -83,10 +83,6 @@ def test_sft_is_the_winners_error() -> None:
     loss, metrics = sft(error, torch.zeros(3))
     assert loss is error
     assert torch.equal(metrics["winner_error_difference"], error.detach())
-
-
-def test_families_by_name() -> None:
-    assert {"dpo": dpo, "sft": sft} == LOSSES
 
 
 @pytest.mark.parametrize("t", [0, 1, 37, 500, 998, 999])

@@ -23,8 +23,15 @@ COMMANDS: dict[str, str] = {
     "evaluate": "measure and compare; metrics.json",
     "report": "report.html and the table",
     "annotate": "people look at images: serve, invite, import, export, consolidate, simulate",
-    "figures": "the embedded world: make",
+    "figures": "the embedded world: make, hps",
     "env": "versions, for bug reports",
+}
+
+VALUES = {"env": ""} | dict.fromkeys(("annotate", "scorer", "figures"), "Any value of the file can be set: --output_dir runs/mine")
+DRY_RUN = {
+    "annotate": "say how many items the study makes, and stop",
+    "scorer": "train, judge: check inputs, say how much it is, and stop",
+    "figures": "there is none: parts that are made are kept",
 }
 
 
@@ -33,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         c = commands.add_parser(
-            name, help=text, description=text, epilog="Any value of the recipe can be set: --stages.easy.learn.beta 500"
+            name, help=text, description=text, epilog=VALUES.get(name, "Any value of the recipe can be set: --stages.easy.learn.beta 500")
         )
         if name == "env":
             continue
@@ -56,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
         c.add_argument("recipe", nargs="?", help="a YAML file")
         c.add_argument("--config", help="the same")
         c.add_argument("--print_config", action="store_true", help="print every value and stop")
-        c.add_argument("--dry_run", action="store_true", help="check inputs, estimate calls, time, memory and disk, and stop")
+        c.add_argument(
+            "--dry_run", action="store_true", help=DRY_RUN.get(name, "check inputs, estimate calls, time, memory and disk, and stop")
+        )
         if name in ("examples", "train"):
             c.add_argument("--stage", help="which stage (default: all)")
         if name in ("pool", "reconstruct", "score"):

@@ -1,7 +1,7 @@
 """Make the embedded world from nothing: pictures, autoencoder, base model, preference scorer, judge, readers; then ship them.
 
 One command, `limner figures make --config recipes/figures/world.yaml`, hours on a CPU; every part resumes where it was stopped.
-`--only base` makes one part. Parts and their folders below `output_dir`:
+`--only '[base]'` makes one part. Parts and their folders below `output_dir`, then `ship` and `measure`:
 
     images/<split>   autoencoder   base   preference   judge   reader   rater_reader
 """

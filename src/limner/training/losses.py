@@ -6,8 +6,6 @@ of the original Diffusion-DPO code.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -88,6 +86,3 @@ def safeguard(winner_residual: Tensor, loser_residual: Tensor, *, mu: float) -> 
 def equivalent_betas(beta: float, elements: int) -> dict[str, float]:
     """The same strength under other conventions: without the ½ (diffusers' script), and per summed error."""
     return {"mean error, with 1/2 (here)": beta, "mean error, without 1/2": beta / 2, "summed error, with 1/2": beta / elements}
-
-
-LOSSES: dict[str, Callable[..., Output]] = {"dpo": dpo, "sft": sft}
