@@ -82,6 +82,8 @@ def test_from_is_renamed_in_names_only(tmp_path: Path) -> None:
     """An option's value may hold ".from" too."""
     recipe = load_recipe(written(tmp_path), ["--stages.hard.winner.from", "real", "--output_dir", "a.from/b", "--name=x.from"])
     assert (recipe.stages["hard"].winner.source, recipe.output_dir, recipe.name) == ("real", "a.from/b", "x.from")
+    for words in (["--stages.hard.winner={from: real}"], ["--stages.hard.winner", "{from: real}"]):
+        assert load_recipe(written(tmp_path), words).stages["hard"].winner.source == "real"
 
 
 @pytest.mark.parametrize(
@@ -134,6 +136,18 @@ def test_an_unknown_option_says_the_same(tmp_path: Path, option: list[str], word
         (["--stages.hard.keep", "winner_not_worse"], "stages.hard.keep: winner_not_worse needs a scorer"),
         (["--stages.hard.learn.rank", "4"], "stages.hard.learn.rank: 4, but stage easy has 8"),
         (["--stages.easy.learn.max_timestep", "0"], "lie outside the schedule"),
+        (["--stages.hard.wins_on", "[picker]", "--stages.hard.winner.from", "real"], "stages.hard.winner: scorers score pools and recon"),
+        (
+            ["--stages.easy.learn.blocks", "[upper]", "--stages.hard.learn.blocks", "[upper]"],
+            "stages.easy.learn.blocks: 'upper'; expected some of all, down, mid, up",
+        ),
+        (["--generate.stage_blocks", "{hard: [upper]}"], "generate.stage_blocks.hard: 'upper'; expected some of"),
+        (
+            ["--generate.stage_blocks", "{heard: [up]}"],
+            "generate.stage_blocks: 'heard' is no stage with an adapter of its own; there are easy",
+        ),
+        (["--generate.stage_lora_scale", "{base: 0.5}"], "generate.stage_lora_scale: 'base' is no stage"),
+        (["--evaluate.stages", "[easy, base]"], "evaluate.stages: 'base' is no stage"),
         (["--scorers.picker.kind", "sum"], "scorers.picker.of: goes with kind sum"),
         (
             ["--scorers.picker", "{kind: sum, of: {picke: 1}}"],
@@ -177,6 +191,25 @@ def test_a_stage_may_not_be_called_as_a_source_is(tmp_path: Path, name: str) -> 
     stages = {name: SMALL["stages"]["easy"]}  # type: ignore[index]
     with pytest.raises(ValueError, match=f"stages.{name}: the name '{name}' is that of a source"):
         load_recipe(written(tmp_path, stages=stages))
+
+
+def test_a_stage_may_not_be_called_as_a_reconstruction_is(tmp_path: Path) -> None:
+    """A pool that a stage t400 drew would have the ids of what was reconstructed from timestep 400."""
+    with pytest.raises(ValueError, match=r"stages.t400: the name 't400' is that of a reconstruction from a timestep"):
+        load_recipe(written(tmp_path, stages={"t400": SMALL["stages"]["easy"]}))
+
+
+def test_what_the_stage_base_cannot_be(tmp_path: Path) -> None:
+    """All stages begin from what it makes: another cannot start from it a second time, nor can it learn from pools, which it draws."""
+    tuned, easy = {"winner": {"from": "real"}, "learn": {"loss": "sft"}}, SMALL["stages"]["easy"]
+    with pytest.raises(ValueError, match=r"stages.easy.start: all stages start from what stage base makes; leave start out"):
+        load_recipe(written(tmp_path, stages={"base": tuned, "easy": {**easy, "start": "base"}}))
+    pool = {"winner": {"from": "pool", "pick": "best", "by": "picker"}, "learn": {"loss": "sft"}}
+    with pytest.raises(ValueError, match=r"stages.base.winner.from: pool; pools are drawn by what stage base makes"):
+        load_recipe(written(tmp_path, stages={"base": pool}))
+    loser = {**easy, "loser": {"from": "base", "role": "loser"}}
+    with pytest.raises(ValueError, match=r"stages.easy.loser.role: stage 'base' has no loser"):
+        load_recipe(written(tmp_path, stages={"base": tuned, "easy": loser}))
 
 
 @pytest.mark.parametrize("command", [["figures", "make"], ["figures", "hps"], ["run"], ["scorer", "train"], ["annotate", "serve"]])

@@ -97,6 +97,14 @@ def test_an_earlier_stages_role_in_a_new_role() -> None:
     assert pick(Source(source="normal", role="loser"), "a", c, "loser") == "no example of stage normal"
 
 
+def test_the_target_of_an_earlier_stage_counts_as_its_winner() -> None:
+    """A supervised stage compares nothing: its images are targets."""
+    target = Example(group="a", role="target", image_id="a/real", text="old", image=b"x")
+    c = candidates({"a": [0.1]}, stages={"base": {("a", "target"): target}})
+    assert chosen(pick(Source(source="base", role="winner"), "a", c, "winner")) == "a/real"
+    assert pick(Source(source="base", role="loser"), "a", c, "loser") == "no example of stage base"
+
+
 def test_counts_of_an_easy_stage() -> None:
     """a is kept; in b all score the same; c has one image, which cannot be both; d has no score."""
     c = candidates({"a": [0.2, 0.9], "b": [0.5, 0.5], "c": [0.5], "d": [None, None]})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from limner import seeds
 from limner.cli import main
 from limner.recipe import Source, Stage, load_recipe
 from limner.records import Example, Image, Score
+from limner.steps import Run
+from limner.steps.make import reconstruct
 from limner.store import read_manifest, read_rows
 
 POOL = {"from": "pool", "model": "easy", "by": "picker"}
@@ -76,6 +79,20 @@ def test_running_again_changes_nothing(ran: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (ran / "out").rglob("*.parquet")}
     assert main(["run", str(ran / "recipe.yaml")]) == 0
     assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_reconstructions_are_the_bases_whatever_was_drawn_before(ran: Path, tmp_path: Path) -> None:
+    """As when a shard is made again, or a stage added, after a pool was drawn with a stage's adapter."""
+    new = ["--stages.again.winner={from: reconstruction, model: '', t: [400]}"]
+    shards = []
+    for before in ([], ["easy"]):
+        run = Run(load_recipe(ran / "recipe.yaml", [*new, f"--output_dir={tmp_path / '-'.join(['out', *before])}"]))
+        shutil.copytree(ran / "out/train", run.out / "train")
+        for stage in before:
+            run.adapted(stage)
+        reconstruct(run)
+        shards.append((run.out / "reconstruct/part-00000.parquet").read_bytes())
+    assert shards[0] == shards[1]
 
 
 def test_step_by_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

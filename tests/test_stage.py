@@ -109,6 +109,15 @@ def test_cut_and_resumed_equals_undisturbed(pairs: Pairs, undisturbed: tuple[Ada
     assert log(tmp_path) == log(undisturbed[1])
 
 
+def test_another_number_of_processes_is_refused(pairs: Pairs, tmp_path: Path) -> None:
+    """It would go on with other batches."""
+    run(tmp_path, pairs, replace(LEARN, max_train_steps=2))
+    state = tmp_path / "checkpoint-2/state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "processes": 4}))
+    with pytest.raises(ValueError, match=r"checkpoint-2 is of 4 processes, and this is 1: go on with as many, or remove"):
+        run(tmp_path, pairs)
+
+
 def test_a_kill_between_checkpoints_equals_undisturbed(pairs: Pairs, undisturbed: tuple[Adapter, Path], tmp_path: Path) -> None:
     """Killed in step 4: the state is that of step 2, the log is ahead of it and its last line is cut. Both are put right."""
     run(tmp_path, pairs, replace(LEARN, max_train_steps=2))
@@ -259,6 +268,18 @@ def test_reference_base_or_start(pairs: Pairs, undisturbed: tuple[Adapter, Path]
     x, t, text = latents(1, 1, 4, 8, 8), torch.tensor([500]), pairs.empty
     with torch.no_grad(), adapter_as(pipeline.unet, "start"):
         assert torch.equal(pipeline.predict(x, t, text), again.predict(x, t, text))
+
+
+def test_statistics_where_the_last_step_has_no_signal(pairs: Pairs) -> None:
+    """Zero terminal SNR: the last cumulative alpha is 0, and a step's factor 1/0."""
+    pipe = tiny_pipeline(prediction="v_prediction")
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, rescale_betas_zero_snr=True)
+    pipeline = wrap(pipe, device="cpu")
+    moved(pipeline)
+    batch = replace(Draw(pairs, LEARN, 0, "easy")(0)[0], t=torch.tensor([999, 998]))
+    errors = measure(pipeline, batch, lambda: adapter_off(pipeline.unet))
+    assert DDPMScheduler.from_config(pipeline.scheduler_config).alphas_cumprod[-1] == 0
+    assert losses.statistics(errors.policy_noise, errors.base_noise, batch.t, pipeline.alphas).isfinite().all()
 
 
 def test_statistics_are_kept_to_the_base_whatever_the_reference(pairs: Pairs, undisturbed: tuple[Adapter, Path], tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from functools import reduce
 from importlib.util import find_spec
 from typing import Any
 
-from limner.recipe import BASE, Recipe, Source, Stage
+from limner.recipe import BASE, BLOCKS, Recipe, Source, Stage
 
 CLIPS = ("clip", "clip_cosine", "clip_score", "clip_score_w", "hps_v1", "hps_v2", "hps_v2_1", "pickscore")  # whose images are vectors
 AT_LEAST_ONE = ("sampler.num_inference_steps", "sampler.batch_size", "pool.prompts_per_shard")
@@ -43,6 +44,10 @@ def check(recipe: Recipe) -> None:
         at = f"stages.{name}"
         if name in SOURCES:
             raise ValueError(f"{at}: the name {name!r} is that of a source of images; call the stage otherwise")
+        if re.fullmatch(r"t\d+", name):
+            raise ValueError(f"{at}: the name {name!r} is that of a reconstruction from a timestep; call the stage otherwise")
+        if stage.start == BASE:
+            raise ValueError(f"{at}.start: all stages start from what stage {BASE} makes; leave start out")
         if stage.start and stage.start not in earlier:
             raise ValueError(f"{at}.start: {stage.start!r} is not an earlier stage ({', '.join(earlier) or 'there is none'})")
         _check_learn(f"{at}.learn", stage, recipe)
@@ -55,11 +60,17 @@ def check(recipe: Recipe) -> None:
         for role, source in (("winner", stage.winner), ("loser", stage.loser)):
             if source is not None:
                 _check_source(f"{at}.{role}", source, recipe, earlier)
+                if (stage.keep == "winner_not_worse" or stage.wins_on) and not _is_scored(source, recipe):
+                    rule = "keep: winner_not_worse" if stage.keep == "winner_not_worse" else "wins_on"
+                    raise ValueError(f"{at}.{role}: scorers score pools and reconstructions only, and {rule} needs scores of both")
+                if name == BASE and source.source == "pool":
+                    raise ValueError(f"{at}.{role}.from: pool; pools are drawn by what stage {BASE} makes, and cannot train it")
         if stage.keep == "winner_not_worse" and not any(s.by for s in stage.sources):
             raise ValueError(f"{at}.keep: winner_not_worse needs a scorer: set {at}.winner.by")
         for scorer in stage.wins_on:
             _check_scorer(f"{at}.wins_on", scorer, recipe)
         earlier.append(name)
+    _check_names(recipe)
     for key in ("preference", "judge", "features"):
         _check_scorer(f"evaluate.{key}", getattr(recipe.evaluate, key), recipe)
     if (reader := recipe.evaluate.reader) and (reader not in recipe.scorers or recipe.scorers[reader].kind != "reader"):
@@ -68,6 +79,23 @@ def check(recipe: Recipe) -> None:
         raise ValueError(f"evaluate.features: {features} is of kind {kind}; expected one of {', '.join(CLIPS)}")
     if features and recipe.evaluate.reader:
         warnings.warn("evaluate.features: ignored; the reader has its own", stacklevel=2)
+
+
+def _check_names(recipe: Recipe) -> None:
+    """Stages and blocks that `learn`, `generate` and `evaluate` name."""
+    g = recipe.generate
+    chosen = {f"stages.{n}.learn.blocks": s.learn.blocks for n, s in recipe.stages.items()} | {"generate.blocks": g.blocks}
+    for at, blocks in (chosen | {f"generate.stage_blocks.{n}": b for n, b in g.stage_blocks.items()}).items():
+        if unknown := [b for b in blocks if b not in BLOCKS]:
+            raise ValueError(f"{at}: {unknown[0]!r}; expected some of {', '.join(BLOCKS)}")
+    stages = [s for s in recipe.stages if s != BASE]
+    for at, names in (
+        ("generate.stage_blocks", list(g.stage_blocks)),
+        ("generate.stage_lora_scale", list(g.stage_lora_scale)),
+        ("evaluate.stages", recipe.evaluate.stages),
+    ):
+        if unknown := [n for n in names if n not in stages]:
+            raise ValueError(f"{at}: {unknown[0]!r} is no stage with an adapter of its own; there are {', '.join(stages) or 'none'}")
 
 
 def check_packages(recipe: Recipe) -> None:
@@ -118,6 +146,8 @@ def _check_source(at: str, source: Source, recipe: Recipe, earlier: list[str]) -
                 raise ValueError(f"{at}.t: {t} lies outside the schedule 1..1000")
     if source.source in earlier and not source.role:
         raise ValueError(f"{at}.role: winner or loser of stage {source.source!r}?")
+    if source.role == "loser" and source.source in earlier and recipe.stages[source.source].loser is None:
+        raise ValueError(f"{at}.role: stage {source.source!r} has no loser")
     if source.source == "feedback" and not recipe.feedback:
         raise ValueError(f"{at}.from: feedback of which study? Set feedback: to its output_dir")
     if source.source == "feedback" and source.by:
@@ -126,6 +156,15 @@ def _check_source(at: str, source: Source, recipe: Recipe, earlier: list[str]) -
     if scored and not source.by:
         raise ValueError(f"{at}.by: not set; which scorer picks the {source.pick}?")
     _check_scorer(f"{at}.by", source.by, recipe)
+
+
+def _is_scored(source: Source, recipe: Recipe) -> bool:
+    """Whether scorers score its images: those of an earlier stage are where they come from."""
+    if source.source in recipe.stages:
+        stage = recipe.stages[source.source]
+        origin = stage.loser if source.role == "loser" else stage.winner
+        return origin is not None and _is_scored(origin, recipe)
+    return source.source in ("pool", "reconstruction")
 
 
 def _check_scorer(at: str, name: str, recipe: Recipe) -> None:

@@ -69,9 +69,15 @@ def _rename(values: Any) -> Any:
 
 
 def _rename_option(word: str) -> str:
-    """The same for an option's name."""
-    name, equals, value = word.partition("=")
-    return ".".join("source" if part == "from" else part for part in name.split(".")) + equals + value if word.startswith("--") else word
+    """The same for an option's name, and for the keys of a value such as {from: pool}."""
+    name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    try:
+        keys = yaml.safe_load(value) if value.lstrip().startswith("{") else None
+    except yaml.YAMLError:
+        keys = None
+    if keys != (renamed := _rename(keys)):
+        value = yaml.safe_dump(renamed, default_flow_style=True, width=10**6).strip()
+    return ".".join("source" if part == "from" else part for part in name.split(".")) + equals + value
 
 
 def _options(overrides: Sequence[str]) -> list[tuple[str, str]]:

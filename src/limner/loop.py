@@ -24,19 +24,24 @@ Every = tuple[int, Callable[[int, Metrics], None]]
 
 @dataclass
 class Optimisation:
-    """What moves, and how: trainable parameters, optimiser, learning-rate schedule, clipping norm (0 = none)."""
+    """What moves, and how: trainable parameters, optimiser, learning-rate schedule, clipping norm (0 = none), and for networks in fp16,
+    whose small gradients would vanish, the loss's scaler."""
 
     parameters: Sequence[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     max_grad_norm: float = 1.0
+    scaler: torch.amp.GradScaler | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+        state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+        return state | ({"scaler": self.scaler.state_dict()} if self.scaler else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        if self.scaler:
+            self.scaler.load_state_dict(state["scaler"])
 
 
 class Interrupted(SystemExit):
@@ -101,7 +106,8 @@ def fit(
         synchronise: averages gradients over processes, before clipping.
 
     Raises:
-        RuntimeError: the loss or the gradient is not finite; nothing was updated by that step.
+        RuntimeError: the loss or the gradient is not finite; nothing was updated by that step. With a scaler a gradient that overflows
+            only halves the scale, and its step changes nothing, as long as the scale is above 1.
         Interrupted: a signal came; `save` was called.
     """
     o = optimisation
@@ -116,19 +122,29 @@ def fit(
             total: Metrics = {}
             for batch in micro:
                 value, metrics = loss(batch)
-                if not torch.isfinite(value):
-                    raise RuntimeError(f"{name}: the loss of step {step} is {value.item()}; nothing was updated. {_describe(batch)}")
-                (value / len(micro)).backward()
-                for key, number in {"loss": value.item(), **metrics}.items():
+                loss_value = value.item()
+                if not math.isfinite(loss_value):
+                    raise RuntimeError(f"{name}: the loss of step {step} is {loss_value}; nothing was updated. {_describe(batch)}")
+                value = value / len(micro)
+                (o.scaler.scale(value) if o.scaler else value).backward()
+                for key, number in {"loss": loss_value, **metrics}.items():
                     total[key] = total.get(key, 0.0) + number / len(micro)
             if synchronise is not None:
                 synchronise()
+            if o.scaler:
+                o.scaler.unscale_(o.optimizer)
             norm = torch.nn.utils.clip_grad_norm_(o.parameters, o.max_grad_norm or math.inf).item()
-            if not math.isfinite(norm):
+            if not math.isfinite(norm) and (o.scaler is None or o.scaler.get_scale() <= 1):
                 raise RuntimeError(f"{name}: the gradient of step {step} is not finite; nothing was updated. {_describe(micro[-1])}")
-            o.optimizer.step()
+            if o.scaler:
+                o.scaler.step(o.optimizer)
+                o.scaler.update()
+                total["loss_scale"] = o.scaler.get_scale()
+            else:
+                o.optimizer.step()
             total |= {"grad_norm": norm, "lr": float(o.scheduler.get_last_lr()[0]), "seconds": time.perf_counter() - began}
-            o.scheduler.step()
+            if math.isfinite(norm):  # else the step was none
+                o.scheduler.step()
             done = step + 1
             bar.update()
             bar.set_postfix_str(f"loss {total['loss']:.4g}", refresh=False)

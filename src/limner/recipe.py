@@ -13,6 +13,7 @@ from typing import Literal
 from limner.config import build, read_yaml
 
 BASE = "base"  # the stage of this name (supervised on real images) makes the model that all others start from
+BLOCKS = ("all", "down", "mid", "up")  # of a UNet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class Model:
         config: for a single-file checkpoint: a diffusers pipeline folder of the same architecture whose configs and tokenizer are used
             ("" = the folder beside the file, called like it without suffix).
         hub: fetch `path` from the model hub as an id.
-        mixed_precision: no, bf16 or fp16. Errors are reduced in float32 whatever it is.
+        mixed_precision: no, bf16 or fp16 (with a scaled loss). Errors are reduced in float32 whatever it is.
         device: auto, cpu, cuda, mps ...
         channels_last: memory format of the UNet; faster on most machines.
     """

@@ -82,7 +82,8 @@ def pick(source: Source, prompt_id: str, candidates: Candidates, role: str) -> E
     c, prompt = candidates, candidates.prompts[prompt_id]
     new = partial(Example, group=prompt_id, role=role, text=prompt.text)
     if source.source in c.stages:
-        found = c.stages[source.source].get((prompt_id, source.role))
+        known = c.stages[source.source]  # whose only image, where it compares none, is a target
+        found = known.get((prompt_id, source.role)) or (known.get((prompt_id, "target")) if source.role == "winner" else None)
         return (
             replace(found, group=prompt_id, role=role, text=prompt.text, source=source.source)
             if found

@@ -24,9 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from limner.recipe import BLOCKS
 from limner.store import write_atomic
 
-BLOCKS = ("all", "down", "mid", "up")
 WEIGHTS, KOHYA = "pytorch_lora_weights.safetensors", "kohya.safetensors"
 Flags = list[tuple[nn.Parameter, bool]]
 

@@ -203,12 +203,13 @@ def wrap(
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
     config = dict(pipe.scheduler.config)
-    schedule = DDPMScheduler.from_config(config)
+    # where the last step has no signal at all (zero terminal SNR) a DDPM step from it is none: a trace is left, as in diffusers' solvers
+    alphas = DDPMScheduler.from_config(config).alphas_cumprod.clamp_min(2**-24)
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
         raise ValueError(f"model.path: prediction type {prediction!r} of {source} is not supported; expected epsilon or v_prediction")
     return Pipeline(
-        pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, schedule.alphas_cumprod.to(where), prediction, config,
+        pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, alphas.to(where), prediction, config,
         weights_hash(pipe.unet, pipe.vae, pipe.text_encoder), source, where, dtype,
     )  # fmt: skip
 

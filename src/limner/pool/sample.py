@@ -79,8 +79,9 @@ def make_scheduler(pipeline: Pipeline, sampler: Sampler, start: int | None = Non
     """The solver on the model's own noise schedule, its timesteps set; `start` shortens the way (SDEdit)."""
     # the whole config: its private part says which values are only defaults of the model's own scheduler, not this one's
     scheduler = DPMSolverMultistepScheduler.from_config(
-        pipeline.scheduler_config, algorithm_type="dpmsolver++", solver_order=2, use_karras_sigmas=False
-    )
+        pipeline.scheduler_config, algorithm_type="dpmsolver++", solver_order=2, use_karras_sigmas=False, use_exponential_sigmas=False,
+        use_beta_sigmas=False, use_lu_lambdas=False, use_flow_sigmas=False,
+    )  # fmt: skip
     if start is None:
         scheduler.set_timesteps(sampler.num_inference_steps, device="cpu")
     else:

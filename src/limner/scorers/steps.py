@@ -15,7 +15,7 @@ from limner.engine import Progress, run_shards
 from limner.images import decode, in_threads, to_tensor
 from limner.records import Image, Score, from_table, to_table
 from limner.scorers.protocol import PictureScorer, Scorer, count_long, describe
-from limner.store import input_hash, is_complete, open_step, read_column, read_table, shards
+from limner.store import input_hash, is_complete, open_step, read_column, read_manifest, read_table, shards
 
 FEEDBACK = "feedback"  # the name of scores that say what was preferred
 PREFERRED = 512  # images a shard of them
@@ -123,7 +123,8 @@ def make_scores(images_folder: Path, folder: Path, scorers: Sequence[Scorer], ba
     step = open_step(folder, "scores", config, {"images": input_hash(images_folder)})
     tasks = shards(images_folder)
 
-    cut = {} if is_complete(folder) else count_long(scorers, (text for path in tasks for text in read_column(path, "text")))
+    known = read_manifest(folder)["counts"].get("prompts_cut", {}) if is_complete(folder) else None
+    cut = count_long(scorers, (text for path in tasks for text in read_column(path, "text"))) if known is None else known
 
     def work(_: int, path: Path, progress: Progress) -> dict[str, pa.Table]:
         images = from_table(Image, read_table(path), str(path))

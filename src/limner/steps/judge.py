@@ -112,13 +112,20 @@ def weights_of(run: Run, name: str) -> set[tuple[str, str]]:
 
 def _other_real(run: Run, split: str, used: set[str], n: int) -> list[Prompt]:
     """n real images of the split that no evaluated prompt belongs to, cut as those are: what real is compared with."""
-    from limner.inputs import iter_prompts
+    from limner.inputs import iter_prompts, locate
     from limner.pool.steps import cut
 
     data = run.recipe.data
-    every = iter_prompts(resolve(getattr(data, split), split), split, caption_column=data.caption_column, image_column=data.image_column)
-    others = islice((p for p in every if p.id not in used and p.image is not None), n)
-    return [cut(p, data, run.recipe.seed) for p in others]
+    path = resolve(getattr(data, split), split)
+    columns: dict[str, Any] = {"caption_column": data.caption_column, "image_column": data.image_column}
+    others = islice((p for p in iter_prompts(path, split, **columns) if p.id not in used and p.image is not None), n)
+    found = []
+    for prompt in others:
+        try:
+            found.append(cut(prompt, data, run.recipe.seed))
+        except ValueError as error:
+            raise ValueError(f"{locate(path, split, prompt.id, **columns)}: {error}") from error
+    return found
 
 
 def report(run: Run) -> None:

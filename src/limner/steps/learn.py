@@ -14,7 +14,7 @@ from limner.config import dump, to_dict
 from limner.recipe import BASE
 from limner.steps.make import prompts
 from limner.steps.processes import make_accelerator
-from limner.steps.run import Run
+from limner.steps.run import Run, load_model
 from limner.store import differences, input_hash, write_atomic
 
 GRID = 8  # prompts of a grid of samples
@@ -86,11 +86,14 @@ def _write_adapter(run: Run, name: str, pipeline: Pipeline, identity: dict[str, 
 
 
 def _save_tuned_base(run: Run) -> None:
-    """Merge the adapter of the stage `base` into the model and keep that as a diffusers folder: all later stages start from it."""
+    """Merge the adapter of the stage `base` into the model and keep that as a diffusers folder: all later stages start from it.
+
+    In float32, whatever it was trained in: half of a bf16 weight's last digit is more than many of the adapter's changes.
+    """
     from limner.models.lora import load_lora, merge_adapter
     from limner.models.stable_diffusion import save_pipeline
 
-    pipeline = run.fresh()
+    pipeline = load_model(replace(run.recipe, model=replace(run.recipe.model, mixed_precision="no", device="cpu")))
     load_lora(pipeline.unet, run.out / "train" / BASE / "adapter", "tuned")
     merge_adapter(pipeline.unet, "tuned")
     partial = run.tuned_base.with_name(".model.partial")
@@ -111,7 +114,8 @@ def _stage_identity(run: Run, name: str) -> dict[str, Any]:
     for key in ("checkpointing_steps", "checkpoints_total_limit", "sample_steps", "gradient_checkpointing"):
         learn.pop(key)  # do not change the result
     started = run.identity_of(stage.start).get("adapter", "") if stage.start else ""
-    return {
+    tuned = {"base": run.identity_of(BASE).get("adapter", "")} if name != BASE and BASE in run.recipe.stages else {}
+    return tuned | {
         "learn": learn,
         "start": started,
         "examples": input_hash(run.out / "examples" / name),

@@ -95,7 +95,7 @@ def reconstruct(run: Run) -> None:
         prompts(run, ["train"])
         r = run.recipe
         make_reconstructions(
-            run.pipeline, run.out / "prompts/train", run.out / "reconstruct", timesteps=run.timesteps, sampler=r.sampler,
+            run.fresh(), run.out / "prompts/train", run.out / "reconstruct", timesteps=run.timesteps, sampler=r.sampler,
             seed=r.seed,
             prompts_per_shard=r.pool.prompts_per_shard, part=run.part,
         )  # fmt: skip

@@ -197,10 +197,15 @@ def train_stage(
     if learn.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         unet.train()
-    optimisation = _optimisation(parameters, learn)
+    optimisation = _optimisation(parameters, learn, half=pipeline.dtype == torch.float16)
+    processes = accelerator.num_processes if accelerator else 1
     begin = 0
     if found := checkpoint.latest(folder):
         weights, state, meta = checkpoint.load(found)
+        if meta.get("processes", processes) != processes:
+            raise ValueError(
+                f"{found} is of {meta['processes']} processes, and this is {processes}: go on with as many, or remove {folder}"
+            )
         load_adapter_state(unet, POLICY, weights["adapter"])
         optimisation.load_state_dict(state)
         begin = meta["step"]
@@ -219,7 +224,6 @@ def train_stage(
         value, metrics = compute_loss(errors, moved.t, learn, pipeline.alphas)
         return value.mean(), {k: v.mean().item() for k, v in metrics.items()}
 
-    processes = accelerator.num_processes if accelerator else 1
     main = accelerator is None or accelerator.is_main_process
     draw = Draw(pairs, learn, seed, stage, accelerator.process_index if accelerator else 0, processes)
     per_step = learn.train_batch_size * learn.gradient_accumulation_steps * processes
@@ -234,9 +238,8 @@ def train_stage(
 
     def save(step: int) -> None:
         if main:
-            checkpoint.save(
-                folder, step, {"adapter": adapter_state(unet, POLICY)}, optimisation, {"stage": stage}, keep=learn.checkpoints_total_limit
-            )
+            about = {"stage": stage, "processes": processes}
+            checkpoint.save(folder, step, {"adapter": adapter_state(unet, POLICY)}, optimisation, about, keep=learn.checkpoints_total_limit)
 
     every: list[Every] = [(1, record), (learn.checkpointing_steps or learn.max_train_steps, lambda step, _: save(step))]
     if samples is not None and main:
@@ -251,7 +254,7 @@ def train_stage(
     return adapter_state(unet, POLICY)
 
 
-def _optimisation(parameters: list[torch.nn.Parameter], learn: Learn) -> Optimisation:
+def _optimisation(parameters: list[torch.nn.Parameter], learn: Learn, half: bool) -> Optimisation:
     betas = (learn.adam_beta1, learn.adam_beta2)
     if learn.use_8bit_adam:
         try:
@@ -262,7 +265,8 @@ def _optimisation(parameters: list[torch.nn.Parameter], learn: Learn) -> Optimis
         from torch.optim import AdamW
     optimizer = AdamW(parameters, lr=learn.learning_rate, betas=betas, weight_decay=learn.adam_weight_decay)
     factor = schedule(learn.lr_scheduler, learn.lr_warmup_steps, learn.max_train_steps)
-    return Optimisation(parameters, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor), learn.max_grad_norm)
+    scaler = torch.amp.GradScaler(parameters[0].device.type) if half else None
+    return Optimisation(parameters, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor), learn.max_grad_norm, scaler)
 
 
 def _average_gradients(parameters: Sequence[torch.nn.Parameter], accelerator: Any) -> None:
