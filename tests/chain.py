@@ -89,6 +89,8 @@ def write_recipe(folder: Path, **changes: object) -> Path:
     for key, value in changes.items():
         merged = {**recipe[key], **value} if isinstance(value, dict) else value  # type: ignore[dict-item]
         recipe[key] = {k: v for k, v in merged.items() if v is not None} if isinstance(merged, dict) else merged
+    if "hard" not in recipe["stages"]:  # type: ignore[operator]
+        recipe["generate"].pop("stage_blocks", None)  # type: ignore[attr-defined]
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return path
