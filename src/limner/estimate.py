@@ -81,7 +81,7 @@ def branches_of(recipe: Recipe) -> int:
 def passes(learn: Learn) -> int:
     """Samples through the network for a training example: winner and loser, each through policy and reference; and, for the statistics
     term of a stage whose reference is another, the winner through the base."""
-    return (5 if learn.statistics_weight and learn.reference == "start" else 4) if learn.loss == "dpo" else 2
+    return 4 + learn.needs_base if learn.loss == "dpo" else 2
 
 
 def plan(run: Run, counts: Counts) -> list[Line]:
@@ -205,9 +205,9 @@ def measure(run: Run, counts: Counts, first: Prompt) -> Costs:
 
 def _ask(scorers: dict[str, Scorer], name: str, pixels: Tensor, text: str) -> None:
     """Score an image; who is asked over a network, be it for a sum, is asked anew, and the answer kept nowhere."""
-    for scorer in scorers.values():
-        if hasattr(scorer, "keep_answers"):
-            scorer.keep_answers(None)
+    from limner.scorers.steps import keep_answers
+
+    keep_answers(list(scorers.values()), None)
     scorers[name](pixels, [text])
 
 
@@ -228,7 +228,7 @@ def _train_step(pipeline: Pipeline, learn: Learn, shape: tuple[int, ...], text: 
     batch = Batch(draw(), draw() if learn.loss == "dpo" else None, text.expand(n, -1, -1), draw(), t, [])
     with torch.autocast(device.type, pipeline.dtype, enabled=pipeline.dtype != torch.float32):
         off = lambda: adapter_off(pipeline.unet)  # noqa: E731
-        errors = errors_of(pipeline, batch, off, off if passes(learn) == 5 else None)
+        errors = errors_of(pipeline, batch, off, off if learn.needs_base else None)
     value = errors.winner.mean() - (errors.loser.mean() if errors.loser is not None else 0.0)
     value.backward()
     pipeline.unet.zero_grad(set_to_none=True)

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,23 +24,23 @@ Every = tuple[int, Callable[[int, Metrics], None]]
 
 @dataclass
 class Optimisation:
-    """What moves, and how: trainable parameters, optimiser, learning-rate schedule, clipping norm (0 = none), and for networks in fp16,
-    whose small gradients would vanish, the loss's scaler."""
+    """What moves, and how: trainable parameters, optimiser, learning-rate schedule, clipping norm (0 = none), and the loss's scaler, which
+    does nothing unless enabled: for networks in fp16, whose small gradients would vanish."""
 
     parameters: Sequence[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     max_grad_norm: float = 1.0
-    scaler: torch.amp.GradScaler | None = None
+    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler(enabled=False))
 
     def state_dict(self) -> dict[str, Any]:
         state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
-        return state | ({"scaler": self.scaler.state_dict()} if self.scaler else {})
+        return state | ({"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        if self.scaler:
+        if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
 
 
@@ -106,8 +106,8 @@ def fit(
         synchronise: averages gradients over processes, before clipping.
 
     Raises:
-        RuntimeError: the loss or the gradient is not finite; nothing was updated by that step. With a scaler a gradient that overflows
-            only halves the scale, and its step changes nothing, as long as the scale is above 1.
+        RuntimeError: the loss or the gradient is not finite; nothing was updated by that step. With an enabled scaler a gradient that
+            overflows only halves the scale, and its step changes nothing, as long as the scale is above 1.
         Interrupted: a signal came; `save` was called.
     """
     o = optimisation
@@ -125,23 +125,19 @@ def fit(
                 loss_value = value.item()
                 if not math.isfinite(loss_value):
                     raise RuntimeError(f"{name}: the loss of step {step} is {loss_value}; nothing was updated. {_describe(batch)}")
-                value = value / len(micro)
-                (o.scaler.scale(value) if o.scaler else value).backward()
+                o.scaler.scale(value / len(micro)).backward()
                 for key, number in {"loss": loss_value, **metrics}.items():
                     total[key] = total.get(key, 0.0) + number / len(micro)
             if synchronise is not None:
                 synchronise()
-            if o.scaler:
-                o.scaler.unscale_(o.optimizer)
+            o.scaler.unscale_(o.optimizer)
             norm = torch.nn.utils.clip_grad_norm_(o.parameters, o.max_grad_norm or math.inf).item()
-            if not math.isfinite(norm) and (o.scaler is None or o.scaler.get_scale() <= 1):
+            if not math.isfinite(norm) and o.scaler.get_scale() <= 1:
                 raise RuntimeError(f"{name}: the gradient of step {step} is not finite; nothing was updated. {_describe(micro[-1])}")
-            if o.scaler:
-                o.scaler.step(o.optimizer)
-                o.scaler.update()
+            o.scaler.step(o.optimizer)
+            o.scaler.update()
+            if o.scaler.is_enabled():
                 total["loss_scale"] = o.scaler.get_scale()
-            else:
-                o.optimizer.step()
             total |= {"grad_norm": norm, "lr": float(o.scheduler.get_last_lr()[0]), "seconds": time.perf_counter() - began}
             if math.isfinite(norm):  # else the step was none
                 o.scheduler.step()

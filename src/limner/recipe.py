@@ -241,6 +241,11 @@ class Learn:
     checkpoints_total_limit: int = 2
     sample_steps: int = 0
 
+    @property
+    def needs_base(self) -> bool:
+        """Whether the statistics term takes a pass through the base model, which is not the reference."""
+        return self.loss == "dpo" and self.reference == "start" and self.statistics_weight != 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:

@@ -60,10 +60,7 @@ def write_prompts(
         nonlocal at
         rows = []
         for prompt in islice(prompts, span.start - at, span.stop - at):
-            try:
-                rows.append(cut(prompt, data, seed))
-            except ValueError as error:
-                raise ValueError(f"{where(prompt.id)}: {error}") from error
+            rows.append(cut(prompt, data, seed, where))
             progress(1)
         at = span.stop
         return {"part": to_table(Prompt, rows)}
@@ -72,20 +69,23 @@ def write_prompts(
         step.finish({"prompts": len(texts), "limit": limit, "with_image": with_image})
 
 
-def cut(prompt: Prompt, data: Data, seed: int) -> Prompt:
+def cut(prompt: Prompt, data: Data, seed: int, where: Callable[[str], str]) -> Prompt:
     """A prompt with its real image, if it has one, cut to the training size of its aspect bucket.
 
     Raises:
-        ValueError: the image cannot be read, or not be cut.
+        ValueError: the image cannot be read, or not be cut; begins with `where` the prompt of that id stands.
     """
     if prompt.image is None:
         return prompt
-    picture = decode(prompt.image, "the image")
-    width, height = choose_bucket(picture.size, bucket_sizes(data.resolution, data.aspect_buckets))
-    if picture.size == (width, height) and prompt.image.startswith(b"\x89PNG"):
-        return prompt
-    rng = np.random.default_rng(seeds.seed_of(seed, "crop", prompt.id))
-    fitted = fit_to(picture, width, height, data.crop, rng)
+    try:
+        picture = decode(prompt.image, "the image")
+        width, height = choose_bucket(picture.size, bucket_sizes(data.resolution, data.aspect_buckets))
+        if picture.size == (width, height) and prompt.image.startswith(b"\x89PNG"):
+            return prompt
+        rng = np.random.default_rng(seeds.seed_of(seed, "crop", prompt.id))
+        fitted = fit_to(picture, width, height, data.crop, rng)
+    except ValueError as error:
+        raise ValueError(f"{where(prompt.id)}: {error}") from error
     return replace(prompt, image=encode_png(to_tensor(fitted)))
 
 

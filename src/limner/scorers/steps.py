@@ -68,11 +68,11 @@ def _decoded(data: bytes) -> PIL.Image.Image | str:
         return str(error)
 
 
-def keep_answers(scorers: Sequence[Scorer], folder: Path) -> None:
-    """Let scorers that ask someone else keep the answers beside the scores, so that a stop within a shard loses none."""
+def keep_answers(scorers: Sequence[Scorer], folder: Path | None) -> None:
+    """Let scorers that ask someone else keep the answers beside the scores, so that a stop within a shard loses none; None: forget."""
     for scorer in scorers:
         if hasattr(scorer, "keep_answers"):
-            scorer.keep_answers(folder / f"{scorer.name}.answers.jsonl")
+            scorer.keep_answers(folder / f"{scorer.name}.answers.jsonl" if folder else None)
 
 
 def answers(scorer: Scorer, pictures: Sequence[PIL.Image.Image], prompts: Sequence[str]) -> Sequence[float | str]:

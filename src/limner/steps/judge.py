@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
@@ -119,13 +120,7 @@ def _other_real(run: Run, split: str, used: set[str], n: int) -> list[Prompt]:
     path = resolve(getattr(data, split), split)
     columns: dict[str, Any] = {"caption_column": data.caption_column, "image_column": data.image_column}
     others = islice((p for p in iter_prompts(path, split, **columns) if p.id not in used and p.image is not None), n)
-    found = []
-    for prompt in others:
-        try:
-            found.append(cut(prompt, data, run.recipe.seed))
-        except ValueError as error:
-            raise ValueError(f"{locate(path, split, prompt.id, **columns)}: {error}") from error
-    return found
+    return [cut(p, data, run.recipe.seed, partial(locate, path, split, **columns)) for p in others]
 
 
 def report(run: Run) -> None:

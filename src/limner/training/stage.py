@@ -192,7 +192,7 @@ def train_stage(
     base: Network | None = None  # the reference
     if learn.reference == "start":
         copy_adapter(unet, POLICY, START)
-        base = reference if learn.statistics_weight else None
+        base = reference if learn.needs_base else None
         reference = lambda: adapter_as(unet, START)  # noqa: E731
     if learn.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -265,7 +265,7 @@ def _optimisation(parameters: list[torch.nn.Parameter], learn: Learn, half: bool
         from torch.optim import AdamW
     optimizer = AdamW(parameters, lr=learn.learning_rate, betas=betas, weight_decay=learn.adam_weight_decay)
     factor = schedule(learn.lr_scheduler, learn.lr_warmup_steps, learn.max_train_steps)
-    scaler = torch.amp.GradScaler(parameters[0].device.type) if half else None
+    scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=half)
     return Optimisation(parameters, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor), learn.max_grad_norm, scaler)
 
 
