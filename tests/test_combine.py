@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from limner.images import encode_png
 from limner.recipe import ScorerSpec
+from limner.records import Image
 from limner.scorers.combine import SumScorer, combine, dominates, normalise, pareto
 from limner.scorers.protocol import describe
+from limner.scorers.steps import score_images
 from limner.steps.run import load_scorers
 
 NAN = float("nan")
@@ -97,6 +102,28 @@ def test_a_sum_of_scorers_by_hand() -> None:
     assert both.range == (-3, 2) and both.higher_is_better and both.revision == "2*b+-3*b"
     both = SumScorer("both", [with_files("one"), with_files("other")], [2, 3])
     assert describe(both)["files"] == {"one/model.safetensors": "sha of one", "other/model.safetensors": "sha of other"}
+
+
+def test_sums_ask_a_part_that_they_share_once() -> None:
+    """Of two images in one batch: as `__call__` says, with one look at them a part; what has no score in one part has none in the sum."""
+
+    class Counted(Brightness):
+        asked = 0
+
+        def __call__(self, images, prompts):
+            Counted.asked += 1
+            return super().__call__(images, prompts)
+
+    bright, worded = Counted(True), Counted(True)
+    worded.name, worded.needs_prompt = "worded", True
+    sums = [SumScorer("one", [bright, worded], [2, 1]), SumScorer("other", [worded, bright], [-1, 5])]
+    images = [Image(id=t, prompt_id=t, text=t, image=encode_png(torch.full((3, 8, 8), v))) for t, v in (("a", 0.2), ("b", 0.6))]
+    found = score_images(images, [*sums, bright])
+    assert Counted.asked == 2
+    assert [(s.image_id, s.scorer) for s in found] == [(i, n) for i in "ab" for n in ("one", "other", "brightness")]
+    assert [s.score for s in found] == pytest.approx([0.6, 0.8, 0.2, 1.8, 2.4, 0.6], rel=1e-6)
+    silent = score_images([replace(images[0], text="")], sums)
+    assert [(s.score, s.reason) for s in silent] == [(None, "there is no prompt")] * 2
 
 
 def with_files(name: str) -> Brightness:

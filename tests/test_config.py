@@ -130,6 +130,7 @@ def test_an_unknown_option_says_the_same(tmp_path: Path, option: list[str], word
         (["--stages.easy.loser", "null"], "stages.easy.loser: not set"),
         (["--stages.hard.start", "normal"], "stages.hard.start: 'normal' is not an earlier stage (easy)"),
         (["--stages.easy.start", "hard"], "stages.easy.start: 'hard' is not an earlier stage (there is none)"),
+        (["--stages.hard.start", "[easy, normal]"], "stages.hard.start: 'normal' is not an earlier stage (easy)"),
         (["--stages.hard.loser.role", ""], "stages.hard.loser.role: winner or loser"),
         (["--stages.hard.loser.from", "easier"], "stages.hard.loser.from: 'easier'"),
         (["--stages.easy.learn.reference", "start"], "stages.easy.learn.reference: start needs stages.easy.start"),

@@ -132,3 +132,8 @@ class SumScorer:
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """As `Scorer`."""
         return torch.stack([w * p(images, prompts) for p, w in zip(self.parts, self.weights)]).sum(0)
+
+    def add(self, values: Sequence[float | str]) -> float | str:
+        """The sum for one image from its parts' scores, or the first reason why one of them has none."""
+        missing = next((v for v in values if isinstance(v, str)), None)
+        return missing or sum(w * float(v) for w, v in zip(self.weights, values))

@@ -14,6 +14,7 @@ import pyarrow as pa
 from limner.engine import Progress, run_shards
 from limner.images import decode, in_threads, to_tensor
 from limner.records import Image, Score, from_table, to_table
+from limner.scorers.combine import SumScorer
 from limner.scorers.protocol import PictureScorer, Scorer, count_long, describe
 from limner.store import input_hash, is_complete, open_step, read_column, read_manifest, read_table, shards
 
@@ -24,14 +25,16 @@ PREFERRED = 512  # images a shard of them
 def score_images(
     images: Sequence[Image], scorers: Sequence[Scorer], batch_size: int = 64, progress: Progress = lambda n: None
 ) -> list[Score]:
-    """Scores of images by every scorer, scorer by scorer within an image; each image is decoded once, each distinct prompt read once.
+    """Scores of images by every scorer, scorer by scorer within an image; each image is decoded once, each distinct prompt read once, and
+    a scorer that is part of several sums asked once.
 
     What has no score is a missing one with its reason: an image that cannot be read, a prompt that is needed and not there, an answer that
     is not a number.
     """
     values: dict[tuple[int, str], float | str] = {}
+    parts = {p.name: p for s in scorers for p in (s.parts if isinstance(s, SumScorer) else [s])}
     for pictures in _decoded_ahead(images, batch_size):
-        for scorer in scorers:
+        for scorer in parts.values():
             asked: list[tuple[int, PIL.Image.Image]] = []
             for i, picture in pictures.items():
                 if isinstance(picture, str):
@@ -42,6 +45,8 @@ def score_images(
                     asked.append((i, picture))
             found = answers(scorer, [p for _, p in asked], [images[i].text for i, _ in asked]) if asked else []
             values |= {(i, scorer.name): value for (i, _), value in zip(asked, found)}
+        for total in (s for s in scorers if isinstance(s, SumScorer)):
+            values |= {(i, total.name): total.add([values[i, p.name] for p in total.parts]) for i in pictures}
         progress(len(pictures))
     return [_row(image, scorer, values[i, scorer.name]) for i, image in enumerate(images) for scorer in scorers]
 
