@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
@@ -19,9 +20,10 @@ from limner import seeds
 from limner.cli import main
 from limner.recipe import Source, Stage, load_recipe
 from limner.records import Example, Image, Score
+from limner.scorers import steps
 from limner.steps import Run
 from limner.steps.make import reconstruct
-from limner.store import read_manifest, read_rows
+from limner.store import read_manifest, read_rows, shards
 
 POOL = {"from": "pool", "model": "easy", "by": "picker"}
 
@@ -142,3 +144,26 @@ def test_only_its_own_picks_keep_latents() -> None:
     stages = {"easy": Stage(winner=best, loser=None), "again": Stage(winner=worst, loser=None)}
     assert selectable(stages) == [("best", "a")]
     assert selectable(stages, "easy") == [("worst", "b")]
+
+
+def test_what_was_scored_to_keep_latents_is_not_scored_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`score` asks for reconstructions only, and has the rows of a pool that it scored by itself; but another scorer it asks."""
+    recipe = str(write_recipe(tmp_path))
+    plain = ["--pool.keep_latents", "none", "--output_dir", str(tmp_path / "plain")]
+    commands = [[c, "--config", recipe] for c in ("pool", "reconstruct", "score")]
+    for command in commands:
+        assert main([*command, *plain]) == 0
+    for command in commands[:2]:
+        assert main(command) == 0
+    assert sum(pq.read_metadata(path).num_rows for path in shards(tmp_path / "out/pool", "scores")) == 18
+    asked: list[str] = []
+    once = steps.score_images
+    monkeypatch.setattr(steps, "score_images", lambda images, *rest: (asked.extend(i.id for i in images), once(images, *rest))[1])
+    assert main(commands[2]) == 0
+    assert set(asked) == {i.id for i in read_rows(tmp_path / "out/reconstruct", Image)}
+    mine, theirs = (list(read_rows(tmp_path / o / "scores/pool", Score)) for o in ("out", "plain"))
+    assert mine == theirs and len(mine) == 18
+    asked.clear()
+    shutil.rmtree(tmp_path / "out/scores")
+    assert main([*commands[2], "--scorers.picker.path", str(tmp_path / "judge")]) == 0
+    assert set(asked) >= {i.id for i in read_rows(tmp_path / "out/pool", Image)}

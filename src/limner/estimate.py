@@ -114,15 +114,19 @@ def plan(run: Run, counts: Counts) -> list[Line]:
 
 
 def choosing(recipe: Recipe) -> list[str]:
-    """The scorers that stages choose by."""
+    """The scorers that stages choose by; of sums their parts, which are asked once however many sums they are in."""
     from limner.steps.make import choosing
 
-    return choosing(recipe)
+    return _parts(recipe, choosing(recipe))
 
 
 def judging(recipe: Recipe) -> list[str]:
     """The scorers that models are measured by."""
-    return [name for role in ("preference", "judge") if (name := getattr(recipe.evaluate, role))]
+    return _parts(recipe, [name for role in ("preference", "judge") if (name := getattr(recipe.evaluate, role))])
+
+
+def _parts(recipe: Recipe, names: list[str]) -> list[str]:
+    return list(dict.fromkeys(part for name in names for part in recipe.scorers[name].of or [name]))
 
 
 def check_inputs(run: Run) -> tuple[Counts, Prompt]:

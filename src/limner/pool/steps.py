@@ -19,10 +19,10 @@ from limner.images import bucket_sizes, choose_bucket, decode, encode_png, fit_t
 from limner.models.stable_diffusion import Pipeline
 from limner.pool import sample
 from limner.recipe import Data, Sampler
-from limner.records import Image, Prompt, to_table
+from limner.records import Image, Prompt, Score, to_table
 from limner.store import Rows, input_hash, open_step, read_manifest, read_rows
 
-Select = Callable[[list[Image]], set[str]]
+Select = Callable[[list[Image]], tuple[set[str], list[Score]]]
 LATENTS = pa.schema([("image_id", pa.string()), ("latents", pa.binary()), ("shape", pa.list_(pa.int64()))])
 
 
@@ -114,7 +114,8 @@ def make_pool(
         kind: pool or generate.
         guidance_scales: of each of a prompt's images; empty = the sampler's.
         size: (width, height) of the images of prompts that have no real one; others are as large as theirs.
-        select: image rows of a shard to the ids whose latents are kept (those that a stage may pick).
+        select: image rows of a shard to the ids whose latents are kept (those that a stage may pick), and the scores that say so, which
+            are kept beside the images so that nobody asks for them again.
         model: identity of the weights; by default the pipeline's.
         drawn_by: of a pool: the stage whose model this is; keeps its images' ids apart from the base's.
         part: (i, n) of `--shard i/n`.
@@ -136,8 +137,10 @@ def make_pool(
         requests = [sample.Request(p, k, w, h, scales[k]) for p, (w, h) in zip(chosen, sizes) for k in range(images_per_prompt)]
         made = sample.sample(pipeline, requests, sampler, seed, progress)
         rows = sample.rows(requests, made, sampler, seed, model or pipeline.hash, tag=drawn_by)
-        keep = {r.id for r in rows} if keep_all_latents else select(rows) if select else set()
+        keep, scores = select(rows) if select else ({r.id for r in rows} if keep_all_latents else set(), [])
         tables = {"part": to_table(Image, rows)}
+        if scores:
+            tables["scores"] = to_table(Score, scores)
         if keep:
             tables["latents"] = latents_table([(r.id, z) for r, (_, z) in zip(rows, made) if r.id in keep])
         return tables

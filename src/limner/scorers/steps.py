@@ -123,7 +123,7 @@ def write_preferences(folder: Path, images: Iterable[Image], scores: Mapping[str
 
 
 def make_scores(images_folder: Path, folder: Path, scorers: Sequence[Scorer], batch_size: int = 64, part: tuple[int, int] = (0, 1)) -> None:
-    """Score every image of a step's folder; shards follow the images' shards."""
+    """Score every image of a step's folder; shards follow the images' shards. What a pool was chosen from by is not scored again."""
     config = {"scorers": {s.name: describe(s) for s in scorers}, "batch_size": batch_size}
     step = open_step(folder, "scores", config, {"images": input_hash(images_folder)})
     tasks = shards(images_folder)
@@ -133,9 +133,19 @@ def make_scores(images_folder: Path, folder: Path, scorers: Sequence[Scorer], ba
 
     def work(_: int, path: Path, progress: Progress) -> dict[str, pa.Table]:
         images = from_table(Image, read_table(path), str(path))
-        scores = score_images(images, scorers, batch_size)
+        known = _kept(path)
+        missing = [s for s in scorers if any((i.id, s.name, s.revision) not in known for i in images)]
+        known |= {(s.image_id, s.scorer, s.revision): s for s in (score_images(images, missing, batch_size) if missing else [])}
         progress(1)
-        return {"part": to_table(Score, scores)}
+        return {"part": to_table(Score, [known[i.id, s.name, s.revision] for i in images for s in scorers])}
 
     if run_shards(step, tasks, work, name=folder.name, part=part):
         step.finish({"scorers": [s.name for s in scorers], "shards": len(tasks), "prompts_cut": cut})
+
+
+def _kept(path: Path) -> dict[tuple[str, str, str], Score]:
+    """Scores that a pool kept beside a shard of its images, by image, scorer and the scorer's revision; not the missing ones, which are
+    asked for again."""
+    beside = path.with_name(path.name.replace("part-", "scores-"))
+    rows = from_table(Score, read_table(beside), str(beside)) if beside.is_file() else []
+    return {(s.image_id, s.scorer, s.revision): s for s in rows if s.score is not None}

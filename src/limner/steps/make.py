@@ -12,7 +12,7 @@ from limner.store import is_complete, open_step, read_manifest
 
 if TYPE_CHECKING:
     from limner.recipe import Recipe
-    from limner.records import Image
+    from limner.records import Image, Score
 
 
 def prompts(run: Run, splits: Sequence[str] = ("train", "validation", "test")) -> None:
@@ -68,21 +68,21 @@ def _draw(run: Run, name: str, model: str) -> None:
     )  # fmt: skip
 
 
-def _selector(run: Run, picks: list[tuple[str, str]]) -> Callable[[list[Image]], set[str]]:
-    """Which images of a shard a stage may pick: the best or worst of each prompt by the stages' scorers."""
+def _selector(run: Run, picks: list[tuple[str, str]]) -> Callable[[list[Image]], tuple[set[str], list[Score]]]:
+    """Which images of a shard a stage may pick: the best or worst of each prompt by the stages' scorers; and their scores."""
     from limner.records import by_prompt
     from limner.scorers.steps import score_images
 
-    def select(images: list[Image]) -> set[str]:
-        names = list(dict.fromkeys(by for _, by in picks))
-        scores = {(s.scorer, s.image_id): s.score for s in score_images(images, [run.scorers[n] for n in names]) if s.score is not None}
+    def select(images: list[Image]) -> tuple[set[str], list[Score]]:
+        found = score_images(images, [run.scorers[n] for n in choosing(run.recipe)])
+        scores = {(s.scorer, s.image_id): s.score for s in found if s.score is not None}
         chosen = set()
         for group in by_prompt(images).values():
             for kind, by in picks:
                 known = [(scores[by, i.id], -n, i.id) for n, i in enumerate(group) if (by, i.id) in scores]
                 if known:
                     chosen.add(max(known)[2] if kind == "best" else min(known, key=lambda k: (k[0], -k[1]))[2])
-        return chosen
+        return chosen, found
 
     return select
 
