@@ -143,4 +143,6 @@ def test_a_recipe_adds_scorers() -> None:
     images, prompts = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)), ["a man in a park", "a woman waving"]
     numbers = {n: s(images, prompts) for n, s in found.items()}
     assert list(found) == ["both", "preference", "attributes"]
+    sound = load_scorers({"attributes": ScorerSpec(kind="soundness", path="figures/reader")})["attributes"]
+    assert sound.revision != found["attributes"].revision, "kept scores of one are not taken for the other's"
     assert torch.allclose(numbers["both"], 2.5 * numbers["preference"] - numbers["attributes"])

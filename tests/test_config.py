@@ -131,6 +131,9 @@ def test_an_unknown_option_says_the_same(tmp_path: Path, option: list[str], word
         (["--stages.hard.start", "normal"], "stages.hard.start: 'normal' is not an earlier stage (easy)"),
         (["--stages.easy.start", "hard"], "stages.easy.start: 'hard' is not an earlier stage (there is none)"),
         (["--stages.hard.start", "[easy, normal]"], "stages.hard.start: 'normal' is not an earlier stage (easy)"),
+        (["--data.train", ""], "data.train: not set"),
+        (["--data.test", ""], "data.test: not set"),
+        (["--generate.stage_blocks", "{hard: []}"], "generate.stage_blocks.hard: empty; expected some of all, down, mid, up"),
         (["--stages.hard.loser.role", ""], "stages.hard.loser.role: winner or loser"),
         (["--stages.hard.loser.from", "easier"], "stages.hard.loser.from: 'easier'"),
         (["--stages.easy.learn.reference", "start"], "stages.easy.learn.reference: start needs stages.easy.start"),
@@ -206,8 +209,13 @@ def test_what_the_stage_base_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"stages.easy.start: all stages start from what stage base makes; leave start out"):
         load_recipe(written(tmp_path, stages={"base": tuned, "easy": {**easy, "start": "base"}}))
     pool = {"winner": {"from": "pool", "pick": "best", "by": "picker"}, "learn": {"loss": "sft"}}
-    with pytest.raises(ValueError, match=r"stages.base.winner.from: pool; pools are drawn by what stage base makes"):
+    with pytest.raises(ValueError, match=r"stages.base.winner.from: pool; stage base learns from real or feedback"):
         load_recipe(written(tmp_path, stages={"base": pool}))
+    rebuilt = {"winner": {"from": "reconstruction", "t": [400]}, "learn": {"loss": "sft"}}
+    with pytest.raises(ValueError, match=r"stages.base.winner.from: reconstruction; stage base learns from real or feedback"):
+        load_recipe(written(tmp_path, stages={"base": rebuilt}))
+    with pytest.raises(ValueError, match=r"stages.base.start: stage base makes the model that all others start from"):
+        load_recipe(written(tmp_path, stages={"easy": easy, "base": {**tuned, "start": "easy"}}))
     loser = {**easy, "loser": {"from": "base", "role": "loser"}}
     with pytest.raises(ValueError, match=r"stages.easy.loser.role: stage 'base' has no loser"):
         load_recipe(written(tmp_path, stages={"base": tuned, "easy": loser}))

@@ -214,6 +214,33 @@ def test_only_what_was_chosen_is_read_with_its_latents(folders: dict[str, Path],
     assert (winner.image, winner.latents, loser.image, loser.latents) == (b"photo a", None, b"a1", found[0].latents)
 
 
+def test_what_people_saw_is_not_taken_for_a_pools_picture_of_the_same_id(folders: dict[str, Path], tmp_path: Path) -> None:
+    """They saw another run's a/0, and liked it least; this run's pool has a picture of that id, and latents of it."""
+    seen = [Image(id="a/0", prompt_id="a", text="a", image=b"theirs")]
+    said = [Score(image_id="a/0", prompt_id="a", scorer="feedback", score=0.0)]
+    for name, found in (("seen", to_table(Image, seen)), ("said", to_table(Score, said))):
+        step = open_step(tmp_path / name, name, {}, {})
+        step.write(0, found)
+        step.finish({})
+    step = open_step(folders["pool"], "pool", {}, {})
+    step.write(0, latents_table([(f"a/{k}", torch.full((2, 1, 1), float(k))) for k in range(2)]), "latents")
+    step.finish({})
+    stage = Stage(winner=BEST, loser=Source(source="feedback", pick="worst"))
+    sources, scores = {"pool": folders["pool"], "feedback": tmp_path / "seen"}, [folders["scores"], tmp_path / "said"]
+    make_examples("easy", stage, tmp_path / "out", prompts=folders["prompts"], sources=sources, scores=scores, stages={})
+    winner, loser = read_rows(tmp_path / "out", Example)
+    assert (winner.image, loser.image, loser.latents) == (b"a1", b"theirs", None) and winner.latents is not None
+
+
+def test_images_of_other_prompts_say_so(folders: dict[str, Path], tmp_path: Path) -> None:
+    step = open_step(tmp_path / "others", "prompts", {}, {})
+    step.write(0, to_table(Prompt, [Prompt(id="x", text="x")]))
+    step.finish({})
+    words = r"stage easy: no image of pool belongs to a training prompt; those are x \.\.\., the images' a \.\.\."
+    with pytest.raises(ValueError, match=words):
+        examples_of({**folders, "prompts": tmp_path / "others"}, Stage(winner=BEST, loser=WORST), tmp_path / "out")
+
+
 def test_another_rule_in_the_same_folder_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     examples_of(folders, Stage(winner=BEST, loser=WORST), tmp_path / "out")
     with pytest.raises(ValueError, match=r"config\.loser\.pick: was 'worst', now 'best'"):

@@ -249,9 +249,25 @@ def test_a_truncated_shard(pooled: World) -> None:
     shard.write_bytes(shard.read_bytes()[:-100])
     message = pooled.fails("score")
     assert f"{shard} is damaged (" in message
-    assert "delete it with its .sha256 and run the step again" in message
+    assert "delete it with the .sha256 and run the step again" in message
     pq.write_table(pa.table({"text": ["a man"]}), shard)  # whole, but another
-    assert f"{shard} is damaged (its checksum differs); delete it with its .sha256 and run the step again" in pooled.fails("score")
+    assert f"{shard} is damaged (its checksum differs); delete it with the .sha256 and run the step again" in pooled.fails("score")
+
+
+def test_a_truncated_shard_of_latents(pooled: World) -> None:
+    """That of the images marks it as made; the advice, once followed, mends it."""
+    shard, whole = (pooled.out / f"pool/{n}-00001.parquet" for n in ("latents", "part"))
+    before = shard.read_bytes()
+    shard.write_bytes(before[:-100])
+    for command in ("reconstruct", "score"):
+        assert pooled.run(command) == 0
+    message = pooled.fails("examples", "--stage", "easy")
+    assert f"{shard} is damaged (" in message and "delete it and part-00001.parquet with the .sha256 and run the step again" in message
+    for file in (shard, whole):
+        file.unlink()
+        file.with_name(f"{file.name}.sha256").unlink()
+    assert pooled.run("pool") == 0 and pooled.run("examples", "--stage", "easy") == 0
+    assert shard.read_bytes() == before
 
 
 def test_a_truncated_shard_of_prompts(pooled: World) -> None:

@@ -18,6 +18,7 @@ from PIL import Image as Picture
 from chain import write_recipe
 from limner import seeds
 from limner.cli import main
+from limner.formats import files
 from limner.recipe import Source, Stage, load_recipe
 from limner.records import Example, Image, Score
 from limner.scorers import steps
@@ -161,6 +162,7 @@ def test_what_was_scored_to_keep_latents_is_not_scored_again(tmp_path: Path, mon
     monkeypatch.setattr(steps, "score_images", lambda images, *rest: (asked.extend(i.id for i in images), once(images, *rest))[1])
     assert main(commands[2]) == 0
     assert set(asked) == {i.id for i in read_rows(tmp_path / "out/reconstruct", Image)}
+    assert [p.stem for p in files(tmp_path / "out/pool", "")] == ["part-00000", "part-00001", "part-00002"], "else it is a folder of images"
     mine, theirs = (list(read_rows(tmp_path / o / "scores/pool", Score)) for o in ("out", "plain"))
     assert mine == theirs and len(mine) == 18
     asked.clear()

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
-from chain import clip_scorer, photo_folder
+from chain import clip_scorer, photo_folder, write_recipe
 from limner.cli import main
 from limner.recipe import load_recipe
 from limner.records import Example
 from limner.store import read_rows
-from tiny import save_tiny
+from tiny import save_tiny, tiny_pipeline, to_single_file
 
 ROOT = Path(__file__).parent.parent
 RECIPES = [p for p in sorted((ROOT / "recipes").rglob("*.yaml")) if p.name != "world.yaml" and p.parent.name != "annotate"]
@@ -103,6 +104,30 @@ def test_a_base_stage_makes_the_model_that_others_start_from(parts, tmp_path):
     layer = key.removeprefix("unet.").split(".lora")[0]
     moved = tuned.unet.get_submodule(layer).weight - raw.unet.get_submodule(layer).weight
     assert torch.allclose(moved, up @ lora[key], atol=1e-6), "alpha equals rank: the merged change is B A"
+
+
+def test_a_base_stage_of_a_single_file(parts, tmp_path, capsys):
+    """Its model is a folder from then on, which takes no configuration; and nothing is drawn before it is trained."""
+    to_single_file(tiny_pipeline(), tmp_path / "person.safetensors")
+    recipe = str(base_recipe(parts, tmp_path))
+    single = ["--model.path", str(tmp_path / "person.safetensors"), "--model.config", str(parts / "model")]
+    for command in ("pool", "generate"):
+        assert main([command, "--config", recipe, *single]) == 2
+        assert "stage base is not trained, and its model makes all else" in capsys.readouterr().err
+    assert main(["run", recipe, *single]) == 0
+    assert (tmp_path / "out/report.html").is_file()
+
+
+def test_a_stage_is_added_to_a_run_that_is_finished(parts, tmp_path):
+    """One that learns from reconstructions, which nobody needed before: what is trained stays as it is."""
+    recipe = str(write_recipe(tmp_path))
+    full = yaml.safe_load(Path(recipe).read_text())
+    (tmp_path / "easy.yaml").write_text(yaml.safe_dump({**full, "stages": {"easy": full["stages"]["easy"]}, "generate": {}}))
+    assert main(["run", str(tmp_path / "easy.yaml")]) == 0
+    before = (tmp_path / "out/train/easy/adapter/pytorch_lora_weights.safetensors").stat().st_mtime_ns
+    assert main(["run", recipe, "--generate.lora_scale", "1.0"]) == 0
+    assert (tmp_path / "out/train/easy/adapter/pytorch_lora_weights.safetensors").stat().st_mtime_ns == before
+    assert (tmp_path / "out/train/normal/adapter/pytorch_lora_weights.safetensors").is_file()
 
 
 @pytest.mark.parametrize("written", [False, True])

@@ -35,6 +35,9 @@ def check(recipe: Recipe) -> None:
         raise ValueError(f"pool.guidance_scales: {len(recipe.pool.guidance_scales)} for {recipe.pool.images_per_prompt} images a prompt")
     if not recipe.output_dir:
         raise ValueError("output_dir: not set; every step writes below it, e.g. --output_dir runs/mine")
+    for split in ("train", recipe.evaluate.split):
+        if not getattr(recipe.data, split):
+            raise ValueError(f"data.{split}: not set; name a file or folder of captions")
     for name, spec in recipe.scorers.items():
         if (spec.kind == "sum") != bool(spec.of):
             raise ValueError(f"scorers.{name}.of: goes with kind sum, e.g. {{kind: sum, of: {{preference: 1.0, attributes: 2.0}}}}")
@@ -61,8 +64,10 @@ def check(recipe: Recipe) -> None:
                 if (stage.keep == "winner_not_worse" or stage.wins_on) and not _is_scored(source, recipe):
                     rule = "keep: winner_not_worse" if stage.keep == "winner_not_worse" else "wins_on"
                     raise ValueError(f"{at}.{role}: scorers score pools and reconstructions only, and {rule} needs scores of both")
-                if name == BASE and source.source == "pool":
-                    raise ValueError(f"{at}.{role}.from: pool; pools are drawn by what stage {BASE} makes, and cannot train it")
+                if name == BASE and source.source not in ("real", "feedback"):
+                    raise ValueError(
+                        f"{at}.{role}.from: {source.source}; stage {BASE} learns from real or feedback: all else its model draws"
+                    )
         if stage.keep == "winner_not_worse" and not any(s.by for s in stage.sources):
             raise ValueError(f"{at}.keep: winner_not_worse needs a scorer: set {at}.winner.by")
         for scorer in stage.wins_on:
@@ -84,6 +89,8 @@ def _check_names(recipe: Recipe) -> None:
     g = recipe.generate
     chosen = {f"stages.{n}.learn.blocks": s.learn.blocks for n, s in recipe.stages.items()} | {"generate.blocks": g.blocks}
     for at, blocks in (chosen | {f"generate.stage_blocks.{n}": b for n, b in g.stage_blocks.items()}).items():
+        if not blocks:
+            raise ValueError(f"{at}: empty; expected some of {', '.join(BLOCKS)}")
         if unknown := [b for b in blocks if b not in BLOCKS]:
             raise ValueError(f"{at}: {unknown[0]!r}; expected some of {', '.join(BLOCKS)}")
     stages = [s for s in recipe.stages if s != BASE]
@@ -110,6 +117,8 @@ def check_packages(recipe: Recipe) -> None:
 
 
 def _check_start(at: str, stage: Stage, recipe: Recipe, earlier: list[str]) -> None:
+    if stage.starts and stage is recipe.stages.get(BASE):
+        raise ValueError(f"{at}: stage {BASE} makes the model that all others start from; leave start out")
     if BASE in stage.starts:
         raise ValueError(f"{at}: all stages start from what stage {BASE} makes; leave start out")
     if unknown := [s for s in stage.starts if s not in earlier]:

@@ -39,7 +39,10 @@ def files(path: Path, split: str) -> list[Path]:
     metadata = [p for p in names if p.name in ("metadata.jsonl", "metadata.csv")]
     if len(metadata) > 1:
         raise ValueError(f"{path} has both metadata.jsonl and metadata.csv; remove one, or name the one to read")
-    for found in (metadata, [p for p in names if p.suffix == ".parquet"], [p for p in names if p.suffix == ".tar"]):
+    tables = [p for p in names if p.suffix == ".parquet"]
+    if (path / "manifest.json").is_file():  # made by a step, which keeps latents and scores beside its images
+        tables = [p for p in tables if p.name.startswith("part-")]
+    for found in (metadata, tables, [p for p in names if p.suffix == ".tar"]):
         if found:
             return _of_split(path, found, split)
     if any(p.with_suffix(".txt").is_file() for p in images_below(path)):

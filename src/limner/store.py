@@ -223,7 +223,9 @@ def read_rows(folder: Path, kind: type[Row], columns: list[str] | None = None) -
 
 
 def _damaged(path: Path, why: str) -> ValueError:
-    return ValueError(f"{path} is damaged ({why}); delete it with its .sha256 and run the step again")
+    main = path.with_name(f"part-{path.stem.rpartition('-')[2]}.parquet")  # its being there says that the shard is finished
+    files = "it" if main == path else f"it and {main.name}"
+    return ValueError(f"{path} is damaged ({why}); delete {files} with the .sha256 and run the step again")
 
 
 def _rows_in(path: Path) -> int:

@@ -43,24 +43,24 @@ def load_candidates(prompts: Path, sources: Mapping[str, Path], scores: Sequence
     known: dict[str, Prompt] = {}
     for path, part, there in _read_without(prompts, Prompt, "image"):
         known |= {p.id: replace(p, image=b"" if has else None) for p, has in zip(part, there)}
-        pictures.add_images(path, [f"{p.id}/real" for p in part])
+        pictures.add_images("real", path, [f"{p.id}/real" for p in part])
     images: dict[str, dict[str, list[Image]]] = {}
     for name, folder in sources.items():
-        groups = images.setdefault(name, {})
+        groups, source = images.setdefault(name, {}), name.partition("-")[0]  # pool-easy is a pool
         for path, some, _ in _read_without(folder, Image, "image"):
             for image in some:
                 groups.setdefault(image.prompt_id, []).append(image)
-            pictures.add_images(path, [i.id for i in some])
+            pictures.add_images(source, path, [i.id for i in some])
         for path in shards(folder, "latents"):
-            pictures.add_latents(path, read_table(path, ["image_id"]).column("image_id").to_pylist())
+            pictures.add_latents(source, path, read_table(path, ["image_id"]).column("image_id").to_pylist())
     numbers = {(s.scorer, s.image_id): s.score for folder in scores for s in read_rows(folder, Score) if s.score is not None}
     earlier: dict[str, dict[tuple[str, str], Example]] = {}
     for name, folder in stages.items():
         found = earlier.setdefault(name, {})
         for path, examples, _ in _read_without(folder, Example, "image", "latents"):
             found |= {(e.group, e.role): e for e in examples}
-            pictures.add_images(path, [e.image_id for e in examples])
-            pictures.add_latents(path, [e.image_id if e.shape else None for e in examples])
+            pictures.add_images(name, path, [e.image_id for e in examples])
+            pictures.add_latents(name, path, [e.image_id if e.shape else None for e in examples])
     return Candidates(known, images, numbers, earlier, pictures)
 
 
@@ -164,7 +164,7 @@ def make_examples(
     """Write the examples of a stage; the manifest's counts say what was dropped and why.
 
     Raises:
-        ValueError: nothing was kept; the message lists the reasons.
+        ValueError: nothing was kept; the message lists the reasons. The images are of other prompts; it names one of each.
     """
     inputs = {k: input_hash(v) for k, v in {"prompts": prompts, **sources, **{f"stage {k}": v for k, v in stages.items()}}.items()}
     inputs |= {f"scores {p.name}": input_hash(p) for p in scores}
@@ -176,6 +176,12 @@ def make_examples(
         return Counter(read_manifest(folder)["counts"])
     candidates = load_candidates(prompts, sources, scores, stages)
     ids = [p for p in candidates.prompts if not sources or any(p in groups for groups in candidates.images.values())]
+    if not ids:
+        theirs = next((p for groups in candidates.images.values() for p in groups), "none")
+        ours = next(iter(candidates.prompts), "none")
+        raise ValueError(
+            f"stage {name}: no image of {', '.join(sources)} belongs to a training prompt; those are {ours} ..., the images' {theirs} ..."
+        )
     examples, counts = build_stage(stage, candidates, ids)
     if not counts["kept"]:
         raise ValueError(f"stage {name}: no example is left; dropped: {', '.join(f'{k} ({v})' for k, v in counts.items())}")

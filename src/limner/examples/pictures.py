@@ -18,25 +18,26 @@ OPEN_SHARDS = 8  # in memory at a time
 
 
 class Pictures:
-    """Images and latents by image id."""
+    """Images and latents by source and image id: what people saw may be another run's picture of the same id."""
 
     def __init__(self) -> None:
-        self._images: dict[str, Place] = {}
-        self._latents: dict[str, Place] = {}
+        self._images: dict[tuple[str, str], Place] = {}
+        self._latents: dict[tuple[str, str], Place] = {}
         self._open: OrderedDict[Path, pa.Table] = OrderedDict()
 
-    def add_images(self, path: Path, ids: Iterable[str]) -> None:
-        """The images of a shard, whose column is `image`."""
-        self._images |= {id: (path, row) for row, id in enumerate(ids)}
+    def add_images(self, source: str, path: Path, ids: Iterable[str]) -> None:
+        """The images of a shard, whose column is `image`; `source` as examples of it name it."""
+        self._images |= {(source, id): (path, row) for row, id in enumerate(ids)}
 
-    def add_latents(self, path: Path, ids: Iterable[str | None]) -> None:
+    def add_latents(self, source: str, path: Path, ids: Iterable[str | None]) -> None:
         """The latents of a shard, in columns `latents` and `shape`; None: a row that has none."""
-        self._latents |= {id: (path, row) for row, id in enumerate(ids) if id is not None}
+        self._latents |= {(source, id): (path, row) for row, id in enumerate(ids) if id is not None}
 
     def fill(self, example: Example) -> Example:
         """An example with its picture, and with its latents if any are kept."""
-        filled = replace(example, image=self._value(self._images[example.image_id], "image"))
-        if place := self._latents.get(example.image_id):
+        key = (example.source, example.image_id)
+        filled = replace(example, image=self._value(self._images[key], "image"))
+        if place := self._latents.get(key):
             return replace(filled, latents=self._value(place, "latents"), shape=tuple(self._value(place, "shape")))
         return filled
 

@@ -127,7 +127,7 @@ class AttributeScorer:
     range = (-5.0, 0.0)  # what is less likely than exp(-5) counts as that
 
     def __init__(self, name: str, reader: FigureReader):
-        self.name, self.reader, self.revision = name, reader, reader.revision
+        self.name, self.reader, self.revision = name, reader, f"attributes@{reader.revision}"
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -150,7 +150,7 @@ class SoundnessScorer:
     range = (-10.0, 10.0)  # nobody is surer than that
 
     def __init__(self, name: str, reader: FigureReader):
-        self.name, self.reader, self.revision = name, reader, reader.revision
+        self.name, self.reader, self.revision = name, reader, f"soundness@{reader.revision}"
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -39,7 +39,7 @@ def train(run: Run, name: str) -> None:
     _refuse_other(run, folder, identity)
     accelerator = make_accelerator()
     main = accelerator is None or accelerator.is_main_process  # the one process that writes
-    pipeline = run.fresh()
+    pipeline = run.fresh(tuning=name == BASE)
     pairs = prepare(pipeline, read_rows(run.out / "examples" / name, Example), run.recipe.sampler.batch_size)
     start = _mean([_adapter_weights(run, s) for s in stage.starts]) if stage.starts else None
     learn = stage.learn

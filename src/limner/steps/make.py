@@ -102,12 +102,12 @@ def reconstruct(run: Run) -> None:
 
 
 def _sources(run: Run, stage: str = "") -> dict[str, Path]:
-    """Folders of images by source. Of a stage, without the pools that only later ones choose from: they are not drawn yet."""
+    """Folders of images by source. Of a stage, without those that only later ones choose from: they may not be there yet."""
     names = list(run.recipe.stages)
     until = [run.recipe.stages[n] for n in (names[: names.index(stage) + 1] if stage else names)]
     known = {r.key for s in until for r in s.sources}
-    found = {name: run.out / name for name, model in run.pools.items() if not model or name in known}
-    return found | ({"reconstruction": run.out / "reconstruct"} if run.timesteps else {})
+    folders = {name: name for name in run.pools} | ({"reconstruction": "reconstruct"} if run.timesteps else {})
+    return {name: run.out / folder for name, folder in folders.items() if name in known}
 
 
 def choosing(recipe: Recipe) -> list[str]:

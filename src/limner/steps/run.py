@@ -48,10 +48,21 @@ class Run:
             self._pipeline, self._source = load_model(self.recipe, source), source
         return self._pipeline
 
-    def fresh(self) -> Pipeline:
-        """The base model without any adapter."""
+    def fresh(self, tuning: bool = False) -> Pipeline:
+        """The base model without any adapter.
+
+        Args:
+            tuning: for the stage `base` itself, which is not trained yet.
+
+        Raises:
+            ValueError: the base model is what the stage `base` makes, and that is not trained.
+        """
         from limner.models.lora import remove_adapters
 
+        if BASE in self.recipe.stages and not tuning and not self.identity_of(BASE).get("adapter"):
+            raise ValueError(
+                f"stage {BASE} is not trained, and its model makes all else; run `limner examples` and `limner train` with --stage {BASE}"
+            )
         remove_adapters(self.pipeline.unet)
         self.pipeline.move_encoders(self.pipeline.device)
         return self.pipeline
@@ -150,9 +161,8 @@ def load_model(recipe: Recipe, source: str = "") -> Pipeline:
 
     m = recipe.model
     path = source or (str(resolve(m.path, "base")) if m.path == FIGURES else m.path)
-    return load_pipeline(
-        path, config=m.config, hub=m.hub, mixed_precision=m.mixed_precision, device=m.device, channels_last=m.channels_last
-    )
+    config = "" if source else m.config  # that of a single file
+    return load_pipeline(path, config=config, hub=m.hub, mixed_precision=m.mixed_precision, device=m.device, channels_last=m.channels_last)
 
 
 def load_scorer(name: str, spec: ScorerSpec) -> Scorer:
