@@ -135,3 +135,40 @@ def test_a_choice_comes_back_as_it_was_shown_and_what_is_refused_is_named(tmp_pa
     assert list(counts.values()) == [1] and refused == [{"image_id": "a", "rater": "anna", "why": next(iter(counts))}]
     assert "imported" not in counts
     print(counts)
+
+
+def feedback_of(image: str, rater: str, kind: str, payload: dict) -> object:
+    return payloads.make(image, rater, kind, payload, 1.0)
+
+
+def test_what_an_import_cannot_tell_is_reported(site) -> None:
+    """Words of another prompt; a second answer of one rater, of which the first counts; the same row twice is one."""
+    study, database = site
+    ratings = [{"plausibility": n, "alignment": n, "aesthetics": n, "overall": n} for n in (2, 4)]
+    words = {"tokens": ["a", "woman"], "misaligned": [1]}
+    rows = [
+        feedback_of("i0", "anon", "ratings", ratings[0]), feedback_of("i0", "anon", "ratings", ratings[1]),
+        feedback_of("i0", "anon", "ratings", ratings[0]), feedback_of("i1", "anna", "words", words),
+    ]  # fmt: skip
+    refused: list[dict[str, str]] = []
+    counts = answers.import_feedback(study, database, rows, refused)  # type: ignore[arg-type]
+    assert counts == {"imported": 1, "a second answer of this rater about ratings": 1, "its words are not those of the prompt": 1}
+    assert {(r["image_id"], r["rater"]) for r in refused} == {("i0", "anon"), ("i1", "anna")}
+    (given,) = answers.given(study, database)
+    assert given.found["ratings"]["overall"] == 2
+
+
+def test_images_whose_names_a_tfrecord_cannot_have(tmp_path: Path) -> None:
+    """Names with a suffix, as a folder's images have, and with a slash, as a pool's: out without them, and in again to the same images."""
+    folder = s.image_folder(tmp_path / "images", TEXTS)
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    ids = ["0.png", "a/1", "b", "c/2.jpg"]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps({**row, "id": id}) + "\n" for row, id in zip(lines, ids)))
+    study = s.study_of(tmp_path, {"overlap": 2})
+    database = server.prepare(study)
+    rows = [feedback_of(id, "anna", "ratings", dict.fromkeys(("plausibility", "alignment", "aesthetics", "overall"), 2)) for id in ids]
+    answers.import_feedback(study, database, rows)  # type: ignore[arg-type]
+    exports.write(study, database, tmp_path / "out.tfrecord")
+    assert {row.image_id for row in richhf.read(tmp_path / "out.tfrecord")[0]} == {"0", "a_1", "b", "c_2"}
+    back, _ = exports.read(tmp_path / "out.tfrecord", study, database)
+    assert {row.image_id for row in back} == set(ids)

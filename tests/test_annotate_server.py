@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from sqlalchemy import select
 import study as s
 from limner.cli import main
 from limner.feedback import accounts, answers, exports, fill, progress, server
-from limner.feedback.database import Answer, Draft, Slot, open_database, reading, writing
+from limner.feedback.database import Answer, Draft, Rater, Slot, open_database, reading, writing
 from limner.feedback.exchange import read_rows
 from limner.feedback.guard import Bucket, allow
 from limner.feedback.study import load_study
@@ -359,3 +360,108 @@ def test_the_commands_for_files(site, tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["annotate", "export", config, "--file", str(tmp_path / "answers.txt")]) == 2
     assert "expected .jsonl, .csv or .parquet" in capsys.readouterr().err
     assert main(["annotate", "import", config]) == 2 and "--file: not set" in capsys.readouterr().err
+
+
+def with_gold(tmp_path: Path, every: int = 1):
+    """Two plain items for one rater each, and one whose answer is known: a rating of 1."""
+    s.image_folder(tmp_path / "images", {k: TEXTS[k] for k in ("i0", "i1", "i2")})
+    (tmp_path / "gold.jsonl").write_text(json.dumps({"image_id": "i2", "answer": {"ratings": {"overall": 1}}, "message": "Look."}) + "\n")
+    study = s.study_of(tmp_path, {"overlap": 1, "gold": {"from": str(tmp_path / "gold.jsonl"), "every": every}})
+    return study, server.prepare(study)
+
+
+def text_of(found: Any) -> str:
+    return found.json()["item"]["text"] if found.json()["item"] else ""
+
+
+def test_gold_is_each_raters_own(tmp_path: Path) -> None:
+    """Signed out with gold in hand, a rater finds it again; nobody else gets it, and a study whose gold nobody answers is finished."""
+    study, database = with_gold(tmp_path)
+    a, b = (s.sign_in(s.client(study, database), study, database, n) for n in "ab")
+    assert s.answer(a, s.rich(), "a-plain-0").status_code == 200
+    assert text_of(a.get("/api/task")) == TEXTS["i2"]
+    page = a.get("/").text
+    assert a.post("/logout", data={"csrf": s.token_in(page)}).status_code == 303
+    a = s.sign_in(s.client(study, database), study, database, "a")
+    assert text_of(a.get("/api/task")) == TEXTS["i2"]
+    with writing(database) as session:
+        for slot in session.execute(select(Slot)).scalars():
+            slot.expires = 1.0
+            session.add(slot)
+    assert s.answer(b, s.rich(), "b-plain-0").status_code == 200  # i1
+    theirs = b.get("/api/task")
+    assert text_of(theirs) == TEXTS["i2"], "b's own gold"
+    assert (theirs.json()["progress"]["done"], theirs.json()["progress"]["total"]) == (2, 2)
+    assert text_of(a.get("/api/task")) == TEXTS["i2"]
+    assert s.answer(a, s.rich(rating=1), "a-gold-00").json()["gold"]["correct"] == 1.0
+    assert a.get("/api/task").json()["finished"] and progress.overview(database)["total"] == 2
+
+
+def test_gold_is_judged_by_the_first_answer(tmp_path: Path) -> None:
+    """Afterwards the rater was told."""
+    study, database = with_gold(tmp_path)
+    a = s.sign_in(s.client(study, database), study, database, "a")
+    s.answer(a, s.rich(), "a-plain-0")
+    item = a.get("/api/task").json()["item"]["id"]
+    assert s.answer(a, s.rich(rating=5), "a-gold-00", item).json()["gold"]["correct"] == 0.0
+    assert s.answer(a, s.rich(rating=1), "a-gold-01", item, base=1).json()["gold"]["correct"] == 0.0
+    (row,) = [r for r in progress.rater_rows(database, answers.given(study, database)) if r["answers"]]
+    assert (row["gold"], row["golds"]) == (0.0, 1)
+
+
+def test_a_page_that_missed_a_reply_is_not_another_tab(site) -> None:
+    study, database = site
+    a = s.sign_in(s.client(study, database), study, database, "a")
+    item = a.get("/api/task").json()["item"]["id"]
+
+    def draft(page: str, version: int, x: int) -> Any:
+        return a.post("/api/draft", json={"item": item, "version": version, "payload": {"x": x, "page": page}})
+
+    assert draft("one", 0, 1).json() == {"version": 1}
+    assert draft("one", 0, 2).json() == {"version": 2}, "the reply to the first was lost"
+    assert draft("two", 0, 3).status_code == 409
+    assert [json.loads(d.payload)["x"] for d in stored(database, Draft)] == [2]
+
+
+def test_a_rater_who_begins_after_the_lease_can_save(site) -> None:
+    """Opened, left, and given to others meanwhile: what is done then is kept as a draft."""
+    study, database = site
+    a, b, c = (s.sign_in(s.client(study, database), study, database, n) for n in "abc")
+    item = a.get("/api/task").json()["item"]["id"]
+    with writing(database) as session:
+        for slot in session.execute(select(Slot)).scalars():
+            slot.expires = 1.0
+            session.add(slot)
+    assert [r.get("/api/task").json()["item"]["id"] for r in (b, c)] == [item] * 2
+    again = a.get(f"/api/task?item={item}").json()
+    assert (again["draft"], again["version"]) == (None, 0)
+    assert a.post("/api/draft", json={"item": item, "version": 0, "payload": {"x": 1}}).json() == {"version": 1}
+    d = s.sign_in(s.client(study, database), study, database, "d")
+    assert d.post("/api/draft", json={"item": item, "version": 0, "payload": {"x": 1}}).status_code == 400, "it never was d's"
+    assert progress.overview(database)["drafts"] == 1
+
+
+def test_guidelines_are_text_or_a_file_that_is_there(tmp_path: Path) -> None:
+    """A long line of text is no file's name, and a file's name no text."""
+    s.image_folder(tmp_path / "images", TEXTS)
+    study = s.study_of(tmp_path, {"guidelines": "Взгляните внимательно " * 15})
+    a = s.sign_in(s.client(study, server.prepare(study)), study, server.prepare(study), "a")
+    assert "Взгляните внимательно" in a.get("/").text
+    missing = s.study_of(tmp_path, {"guidelines": "guidelins.txt", "output_dir": str(tmp_path / "other")})
+    with pytest.raises(ValueError, match=r"guidelines: guidelins.txt: no such file"):
+        server.prepare(missing)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_second_link_leaves_an_admin_an_admin(tmp_path: Path) -> None:
+    """And links begin where the study says that its page is."""
+    s.image_folder(tmp_path / "images", TEXTS)
+    study = s.study_of(tmp_path, {"server": {"address": "https://rate.example.org/"}})
+    database = server.prepare(study)
+    boss = s.sign_in(s.client(study, database), study, database, "boss", "admin")
+    server.invitation(study, database, "boss", "", "")
+    assert boss.get("/admin").status_code == 200
+    made = boss.post("/admin/invite", data={"csrf": s.token_in(boss.get("/admin").text), "name": "anna", "role": ""})
+    assert "https://rate.example.org/join/" in made.text
+    with writing(database) as session:
+        assert {r.name: r.role for r in session.execute(select(Rater)).scalars()} == {"boss": "admin", "anna": "rater"}

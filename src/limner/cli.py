@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
             c.add_argument("--expected", type=int, help="import: records that a .tfrecord should have; tells whether its end is missing")
             c.add_argument("--pick_a_pic", default="", help="import: parquet file or folder with the images and captions of a .tfrecord")
             c.add_argument("--rater", default="", help="invite: who")
-            c.add_argument("--role", default="rater", choices=["rater", "admin"], help="invite: as what")
+            c.add_argument("--role", default="", choices=["rater", "admin"], help="invite: as what (default: rater, or as before)")
             c.add_argument("--count", type=int, default=3, help="simulate: how many")
             c.add_argument("--reader", default="", help="simulate: of images without a known truth, what this reader sees is known")
             c.add_argument("--ties_misaligned", action="store_true", help="consolidate: words marked by half of the raters are misaligned")

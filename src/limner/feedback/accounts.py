@@ -62,19 +62,19 @@ def study_key(database: Database) -> str:
         return found.value
 
 
-def add_rater(database: Database, name: str, role: str = "rater") -> int:
-    """A person's id; made if there is none of the name, and given the role.
+def add_rater(database: Database, name: str, role: str = "") -> int:
+    """A person's id; made if there is none of the name, and given the role ("" = the one they have, a new one's is rater).
 
     Raises:
         ValueError: an empty or long name, or an unknown role.
     """
     if not name.strip() or len(name) > 80 or any(ord(c) < 32 for c in name):
         raise ValueError(f"name {name[:90]!r}: expected 1 to 80 characters")
-    if role not in ROLES:
+    if role and role not in ROLES:
         raise ValueError(f"role {role!r}; expected {' or '.join(ROLES)}")
     with writing(database) as session:
         rater = session.execute(select(Rater).where(col(Rater.name) == name)).scalar_one_or_none() or Rater(name=name)
-        rater.role = role
+        rater.role = role or rater.role or "rater"
         session.add(rater)
         session.flush()
         return cast(int, rater.id)

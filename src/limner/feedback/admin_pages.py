@@ -108,11 +108,12 @@ def _when(seconds: float) -> str:
 @router.post("/admin/invite")
 def invite(
     request: Request, person: Admin, name: Annotated[str, Form(max_length=80)], csrf: Annotated[str, Form()],
-    role: Annotated[str, Form()] = "rater",
+    role: Annotated[str, Form()] = "",
 ) -> Response:  # fmt: skip
     check_token(csrf, person)
     site = site_of(request)
-    link = invitation(site.study, site.database, name.strip(), role, str(request.base_url).rstrip("/"))
+    where = site.study.server.address or str(request.base_url)
+    link = invitation(site.study, site.database, name.strip(), role, where.rstrip("/"))
     site.kept.clear()
     return render(site, request, "admin.html", person, **_numbers(site), link=link, charts=progress)
 

@@ -13,7 +13,7 @@ from sqlalchemy import func, or_, select
 from sqlmodel import Session, col
 
 from limner import records
-from limner.feedback import accounts, assign, checks, fill, payloads
+from limner.feedback import accounts, assign, checks, fill, payloads, richhf
 from limner.feedback.database import Answer, Database, Item, Picture, Rater, Slot, reading, writing
 from limner.feedback.display import image_file
 from limner.feedback.study import Study
@@ -132,7 +132,7 @@ def import_feedback(
 ) -> dict[str, int]:
     """Feedback rows as answers of the study, as if their raters had given them here. Importing again changes nothing.
 
-    Rows of one image and rater make one answer. Each takes a slot of its item, so that overlap counts it.
+    Rows of one image and rater make one answer, of each kind the first. Each takes a slot of its item, so that overlap counts it.
 
     Args:
         refused: gets image, rater and reason of each that was neither imported nor there.
@@ -144,11 +144,19 @@ def import_feedback(
         ValueError: a payload that is not one of its kind.
     """
     said: dict[tuple[str, str, str], dict[str, tuple[Feedback, dict[str, Any]]]] = {}
+    doubled: list[Feedback] = []
     for row in rows:
         payload = payloads.load(row)
-        said.setdefault((row.image_id, row.rater, str(payload.get("against", ""))), {})[row.kind] = (row, payload)
-    raters = {name: accounts.add_rater(database, name, _role(database, name)) for name in dict.fromkeys(rater for _, rater, _ in said)}
+        kinds = said.setdefault((row.image_id, row.rater, str(payload.get("against", ""))), {})
+        if kinds.setdefault(row.kind, (row, payload))[1] != payload:
+            doubled.append(row)
+    raters = {name: accounts.add_rater(database, name) for name in dict.fromkeys(rater for _, rater, _ in said)}
     counts: dict[str, int] = {}
+    for row in doubled:
+        why = f"a second answer of this rater about {row.kind}"
+        counts[why] = counts.get(why, 0) + 1
+        if refused is not None:
+            refused.append({"image_id": row.image_id, "rater": row.rater, "why": why})
     with writing(database) as session:
         items = {i.key: i for i in session.execute(select(Item)).scalars()}
         for (key, rater, _), kinds in said.items():
@@ -160,17 +168,14 @@ def import_feedback(
     return counts
 
 
-def _role(database: Database, name: str) -> str:
-    with reading(database) as session:
-        return session.execute(select(col(Rater.role)).where(col(Rater.name) == name)).scalar_one_or_none() or "rater"
-
-
 def _import(session: Session, study: Study, item: Item, rater: int, kinds: dict[str, tuple[Feedback, dict[str, Any]]]) -> str:
     """One answer; returns what became of it."""
     images = assign.images_of(session, item)
     answer = _as_answer(study, images, {kind: payload for kind, (_, payload) in kinds.items()})
     if answer is None:
         return f"not of task {study.task}, or of other images"
+    if "words" in kinds and kinds["words"][1]["tokens"] != richhf.tokens(item.text):
+        return "its words are not those of the prompt"
     try:
         checks.interpret(study, answer, item.text, images, imported=True)
     except ValueError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -26,16 +27,24 @@ _RATER, _ITEM, _NOW = (bindparam(name, type_=kind) for name, kind in (("rater", 
 _LOCK = select(col(Rater.id)).where(col(Rater.id) == _RATER).with_for_update(key_share=True)
 _OWN = select(Slot).where(col(Slot.item_id) == _ITEM, col(Slot.rater_id) == _RATER).with_for_update()
 _LAST = select(func.max(col(Answer.revision))).where(col(Answer.item_id) == _ITEM, col(Answer.rater_id) == _RATER)
+_FIRST = (
+    select(col(Answer.correct))
+    .where(col(Answer.item_id) == _ITEM, col(Answer.rater_id) == _RATER, col(Answer.correct).is_not(None))
+    .order_by(col(Answer.revision))
+    .limit(1)
+)
 _HELD = select(Slot).where(col(Slot.rater_id) == _RATER, ~col(Slot.done), col(Slot.expires) > _NOW).order_by(col(Slot.position)).limit(1)
 _BEGUN = select(col(Draft.item_id)).where(col(Draft.rater_id) == _RATER)
 _other = aliased(Slot)
+IS_GOLD = col(Slot.item_id).in_(select(col(Item.id)).where(col(Item.gold).is_not(None)))  # of a slot: its number is then a rater's id
 # Slots that a rater may take: not done, kept for nobody, of an item that they have neither answered nor hold; locked so that no other
-# transaction sees them.
+# transaction sees them. Those of gold are for one rater each.
 _OPEN = (
     select(Slot)
     .where(
         ~col(Slot.done),
         or_(col(Slot.rater_id).is_(None), col(Slot.expires) <= _NOW),
+        ~IS_GOLD,
         ~exists().where(col(Answer.item_id) == col(Slot.item_id), col(Answer.rater_id) == _RATER, ~col(Answer.final)),
         ~exists().where(col(_other.item_id) == col(Slot.item_id), col(_other.rater_id) == _RATER, col(_other.id) != col(Slot.id)),
     )
@@ -76,10 +85,19 @@ def take(session: Session, study: Study, rater_id: int, now: float) -> Slot | No
                 break
         else:
             return None
+    if slot.rater_id not in (None, rater_id):
+        _let_save(session, cast(int, slot.rater_id), slot.item_id)
     slot.rater_id, slot.expires = rater_id, now + study.lease_minutes * 60
     session.add(slot)
     session.flush()
     return slot
+
+
+def _let_save(session: Session, rater_id: int, item_id: int) -> None:
+    """Who held a slot until it expired may still be at it: with a draft of theirs, be it empty, what they save is kept."""
+    if session.get(Draft, (item_id, rater_id)) is None:
+        with suppress(IntegrityError), session.begin_nested():  # they saved one at this moment
+            session.add(Draft(item_id=item_id, rater_id=rater_id, payload="{}"))
 
 
 def _lock_rater(session: Session, rater_id: int) -> None:
@@ -101,12 +119,15 @@ def _due_gold(session: Session, study: Study, rater_id: int) -> Slot | None:
     item = session.execute(select(Item).where(is_gold, ~done).order_by(col(Item.position)).limit(1)).scalar_one_or_none()
     if item is None:
         return None
-    held = session.execute(select(Slot).where(col(Slot.item_id) == item.id, col(Slot.rater_id) == rater_id)).scalar_one_or_none()
+    held = session.execute(select(Slot).where(col(Slot.item_id) == item.id, col(Slot.number) == rater_id)).scalar_one_or_none()
     return held or Slot(item_id=cast(int, item.id), number=rater_id, position=item.position)
 
 
-def save_draft(database: Database, study: Study, rater_id: int, item_id: int, base: int, payload: Any) -> int:
+def save_draft(database: Database, study: Study, rater_id: int, item_id: int, base: int, payload: dict[str, Any]) -> int:
     """Keep what a rater has so far, and the item for them; returns the draft's version.
+
+    Args:
+        payload: `page`, if there, tells open pages apart: one that missed our reply to its last draft is not another tab.
 
     Raises:
         Conflict: the draft was changed since `base`, in another tab.
@@ -119,7 +140,7 @@ def save_draft(database: Database, study: Study, rater_id: int, item_id: int, ba
         draft = session.get(Draft, (item_id, rater_id), with_for_update=True)
         if draft is None:
             draft = Draft(item_id=item_id, rater_id=rater_id, payload="")
-        elif draft.version != base:
+        elif draft.version != base and (not payload.get("page") or payload["page"] != json.loads(draft.payload).get("page")):
             raise Conflict("This item was changed in another tab. Reload to see what is there.")
         draft.version, draft.payload, draft.saved = draft.version + 1, json.dumps(payload, allow_nan=False), now
         session.add(draft)
@@ -186,7 +207,9 @@ def _submit(
     correct: float | None = None
     if not skipped:
         found = checks.interpret(study, payload, item.text, images_of(session, item))
-        correct = checks.gold_score(json.loads(item.gold), found) if item.gold and not final else None
+        if item.gold and not final:  # who was told what they missed is not judged by their second answer
+            first = session.execute(_FIRST, {"rater": rater_id, "item": item_id}).scalar_one_or_none()
+            correct = first if first is not None else checks.gold_score(json.loads(item.gold), found)
     if not final:
         _settle_slot(session, rater_id, item, bool(skipped))
     revision = session.execute(_LAST, {"rater": rater_id, "item": item_id}).scalar_one() or 0
@@ -212,7 +235,7 @@ def _settle_slot(session: Session, rater_id: int, item: Item, skipped: bool) -> 
         elif slot is not None:
             slot.done = True
     elif slot is None:
-        free = or_(col(Slot.rater_id).is_(None), col(Slot.expires) <= time.time())
+        free = or_(col(Slot.rater_id).is_(None), col(Slot.expires) <= time.time()) if item.gold is None else col(Slot.number) == rater_id
         query = select(Slot).where(col(Slot.item_id) == item.id, ~col(Slot.done), free).limit(1).with_for_update(skip_locked=True)
         slot = session.execute(query).scalar_one_or_none()
         if slot is None:

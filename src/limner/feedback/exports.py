@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from limner.feedback.database import Database
 from limner.feedback.preferences import write_preferences
 from limner.feedback.progress import answer_table
 from limner.feedback.study import Study, identity
+from limner.formats import IMAGES
 from limner.records import Feedback, Image, to_table
 from limner.statistics import Interval, krippendorff
 from limner.store import is_complete, open_step, read_table, sha256, shards, write_atomic
@@ -54,9 +55,28 @@ def write(study: Study, database: Database, path: Path) -> dict[str, Any]:
         return {"rows": len(rows), "tasks": len(tasks)}
     if path.suffix == ".tfrecord":
         found, report = consolidate(rows, answers.images(study, database))
+        names = record_names(study, database)
+        found = [replace(row, image_id=names[row.image_id]) for row in found]
         return {**richhf.write(path, found), "other_words": report["other_words"]}
     exchange.write_rows(path, rows)
     return {"rows": len(rows)}
+
+
+def record_names(study: Study, database: Database) -> dict[str, str]:
+    """What a .tfrecord calls the study's images, by id: its names end at the first dot and begin behind the last slash, so that an image of
+    a folder loses its suffix, and one of a pool has _ for /.
+
+    Raises:
+        ValueError: two images would have one name.
+    """
+    names, ids = dict[str, str](), dict[str, str]()
+    for image in answers.images(study, database):
+        known = image.id[: -len(suffix)] if (suffix := Path(image.id).suffix).lower() in IMAGES else image.id
+        name = known.replace("/", "_").replace(".", "_")
+        if ids.setdefault(name, image.id) != image.id:
+            raise ValueError(f"images {ids[name]} and {image.id} would both be called {name} in a .tfrecord; take .jsonl, .csv or .parquet")
+        names[image.id] = name
+    return names
 
 
 def read(path: Path, study: Study, database: Database, expected: int | None = None) -> tuple[list[Feedback], dict[str, Any]]:
@@ -77,6 +97,8 @@ def read(path: Path, study: Study, database: Database, expected: int | None = No
             raise ValueError(f"{path}: not JSON ({error})") from error
     if path.suffix == ".tfrecord":
         rows, report = richhf.read(path, expected)
+        ids = {name: id for id, name in record_names(study, database).items()}
+        rows = [replace(row, image_id=ids.get(row.image_id, row.image_id)) for row in rows]
         prompts = {image.id: image.text for image in answers.images(study, database)}
         joined, more = richhf.join(rows, prompts)
         return [f for row in joined for f in richhf.to_feedback(row)], report | more

@@ -12,6 +12,7 @@ from sqlalchemy import func, select
 from sqlmodel import col
 
 from limner.feedback.answers import Given, feedback
+from limner.feedback.assign import IS_GOLD
 from limner.feedback.consolidate import marks_table, ratings_table, words_table
 from limner.feedback.database import Answer, Database, Draft, Item, Rater, Slot, reading
 from limner.feedback.payloads import MARKS, QUESTIONS
@@ -26,12 +27,12 @@ def overview(database: Database) -> dict[str, Any]:
     """Slots done and held, answers an hour, and when it will be done at that speed."""
     now = time.time()
     with reading(database) as session:
-        count = select(func.count()).select_from(Slot)
+        count = select(func.count()).select_from(Slot).where(~IS_GOLD)
         total, done = (session.execute(q).scalar_one() for q in (count, count.where(col(Slot.done))))
         held = session.execute(count.where(~col(Slot.done), col(Slot.expires) > now)).scalar_one()
         items = session.execute(select(func.count()).select_from(Item)).scalar_one()
         times = [t for (t,) in session.execute(select(col(Answer.created)).where(col(Answer.revision) == 1).order_by(col(Answer.created)))]
-        drafts = session.execute(select(func.count()).select_from(Draft)).scalar_one()
+        drafts = session.execute(select(func.count()).select_from(Draft).where(col(Draft.version) > 0)).scalar_one()
         skipped = session.execute(select(func.count()).select_from(Answer).where(col(Answer.skipped) != "")).scalar_one()
     recent = [t for t in times if t > now - 3600]
     span = max(now - recent[0], 60.0) / 3600 if recent else 0.0

@@ -36,7 +36,7 @@ router = APIRouter()
 Signed = Annotated[Person, Depends(anyone)]
 
 
-_SLOTS = select(func.count(), func.count().filter(~col(Slot.done))).select_from(Slot)
+_SLOTS = select(func.count(), func.count().filter(~col(Slot.done))).select_from(Slot).where(~assign.IS_GOLD)  # gold finishes nothing
 _MINE = select(func.count(func.distinct(col(Answer.item_id)))).where(col(Answer.rater_id) == bindparam("rater"))
 
 
@@ -206,7 +206,7 @@ def _described(session: Session, site: Site, person: Person, item_id: int, slot:
             "id": item_id, "text": item.text, "pieces": pieces(item.text),
             "images": [{"token": p.token, "width": p.width, "height": p.height} for p in shown],
         },
-        "draft": json.loads(draft.payload) if draft else None,
+        "draft": json.loads(draft.payload) if draft and draft.version else None,
         "version": draft.version if draft else 0,
         "answer": json.loads(answer.payload) if answer and not answer.skipped else None,
         "revision": answer.revision if answer else 0,

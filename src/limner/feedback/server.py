@@ -191,8 +191,9 @@ def prepare(study: Study, begin: bool = True) -> Database:
         begin: a study that is not there is made.
 
     Raises:
-        ValueError: another study lies there, or none; nothing can be shown; or the database cannot be opened.
+        ValueError: another study lies there, or none; nothing can be shown; the database cannot be opened; or there are no such guidelines.
     """
+    guidelines(study)
     folder, new = Path(study.output_dir), not is_begun(study)
     if new and not begin:
         raise ValueError(f"output_dir: there is no study in {folder}; `limner annotate serve` makes one")
@@ -284,7 +285,7 @@ def first_links(study: Study, database: Database, where: str) -> list[tuple[str,
 
     with reading(database) as session:
         known = {n for (n,) in session.execute(select(col(Rater.name)).join(Invitation, col(Invitation.rater_id) == col(Rater.id)))}
-    wanted = [(n, "rater") for n in study.raters if n not in known]
+    wanted = [(n, "") for n in study.raters if n not in known]
     if not accounts.has_admin(database):
         wanted.insert(0, ("admin", "admin"))
     return [(name, invitation(study, database, name, role, where)) for name, role in wanted]

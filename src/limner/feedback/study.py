@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from os.path import isfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -169,6 +170,14 @@ def identity(study: Study) -> dict[str, Any]:
 
 
 def guidelines(study: Study) -> str:
-    """The text of the guidelines: what the study says, or the file that it names."""
+    """The text of the guidelines: what the study says, or the file that it names.
+
+    Raises:
+        ValueError: what looks like a file's name is none.
+    """
     text = study.guidelines
-    return Path(text).read_text() if text and "\n" not in text and len(text) < 400 and Path(text).is_file() else text
+    if isfile(text):  # also where the text is longer than any name may be
+        return Path(text).read_text()
+    if Path(text).suffix in (".txt", ".md") and not any(c.isspace() for c in text):
+        raise ValueError(f"guidelines: {text}: no such file; name one, or write them here")
+    return text

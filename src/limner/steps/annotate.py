@@ -76,7 +76,7 @@ def _serve(study: Study, **_: Any) -> None:
     serve(study, os.environ.pop("LIMNER_ADMIN_PASSWORD", ""))
 
 
-def _invite(study: Study, rater: str = "", role: str = "rater", **_: Any) -> None:
+def _invite(study: Study, rater: str = "", role: str = "", **_: Any) -> None:
     from limner.feedback.server import address, invitation, prepare
 
     if not rater:

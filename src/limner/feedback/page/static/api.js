@@ -23,12 +23,11 @@ export function newId() {
   return Array.from(crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16).padStart(2, '0')).join('');
 }
 
-/** What is not on the server yet, by rater and item. Private windows may have no storage: then there is only the server. */
+/** What is not on the server yet, by `place`: rater, item and the pictures in it, whose names no other study has. Private windows may have no storage: then there is only the server. */
 export const backup = {
-  name: (person, item) => `limner:${person}:${item}`,
-  read(person, item) { try { return JSON.parse(localStorage.getItem(this.name(person, item))); } catch { return null; } },
-  write(person, item, value) { try { localStorage.setItem(this.name(person, item), JSON.stringify(value)); } catch { /* see above */ } },
-  clear(person, item) { try { localStorage.removeItem(this.name(person, item)); } catch { /* see above */ } },
+  read(place) { try { return JSON.parse(localStorage.getItem(place)); } catch { return null; } },
+  write(place, value) { try { localStorage.setItem(place, JSON.stringify(value)); } catch { /* see above */ } },
+  clear(place) { try { localStorage.removeItem(place); } catch { /* see above */ } },
 };
 
 /** Calls `send` a while after the last `soon()`, one call at a time; `flush()` waits until nothing is left to send. */

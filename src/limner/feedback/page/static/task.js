@@ -18,13 +18,15 @@ const tell = (text) => { $('problem').textContent = text; };
 function saved(text, kind = '') { $('saved').textContent = text; $('saved').className = `saved ${kind}`; }
 const spent = () => seconds + (document.hidden ? 0 : (performance.now() - shownAt) / 1000);
 const payload = () => ({ ...now, events, seconds: Math.round(spent() * 10) / 10 });
+const me = newId(); // this page: if a reply is lost, its next draft is not taken for another tab's
+const place = (item) => ['limner', config.person, item.id, ...item.images.map((i) => i.token).sort()].join(':');
 
 const draft = saver(async () => {
-  const item = task.item.id;
+  const { item } = task;
   saved('Saving …');
   try {
-    version = (await call('/api/draft', { item, version, payload: payload() })).version;
-    backup.clear(config.person, item);
+    version = (await call('/api/draft', { item: item.id, version, payload: { ...payload(), page: me } })).version;
+    backup.clear(place(item));
     saved('Saved', 'ok');
   } catch (error) {
     if (error instanceof Refused && error.status === 409) { saved('Changed in another tab', 'bad'); tell(error.message); } else if (error instanceof Refused && error.status === 401) signedOut();
@@ -57,7 +59,7 @@ function changed() {
   $('redo').disabled = !future.length;
   if (config.role === 'admin') return;
   saved('Not saved yet');
-  backup.write(config.person, task.item.id, { state: now, events, seconds: spent(), base: task.revision, version });
+  backup.write(place(task.item), { state: now, events, seconds: spent(), base: task.revision, version, page: me });
   draft.soon();
 }
 function log(what) { if (events.length < EVENTS) events.push([Math.round(spent() * 1000), what]); }
@@ -95,9 +97,10 @@ function show(found) {
   }
   task = found;
   const fresh = { rich: emptyRich, choice: emptyChoice, side: emptySide }[config.task](task.item);
-  const kept = backup.read(config.person, task.item.id);
-  const local = kept && kept.base === task.revision && kept.version >= task.version ? kept : null;
-  const { events: before = [], seconds: spentBefore = 0, ...from } = local ? { ...local.state, events: local.events, seconds: local.seconds } : (task.draft ?? task.answer ?? {});
+  const kept = backup.read(place(task.item));
+  const ahead = kept && (kept.version >= task.version || kept.page === task.draft?.page); // the server has an older draft of that page
+  const local = ahead && kept.base === task.revision ? kept : null;
+  const { events: before = [], seconds: spentBefore = 0, page: _, ...from } = local ? { ...local.state, events: local.events, seconds: local.seconds } : (task.draft ?? task.answer ?? {});
   now = { ...fresh, ...from };
   past = []; future = []; moving = ''; pending = null; version = task.version;
   events = [...before]; seconds = spentBefore; shownAt = performance.now();
@@ -134,7 +137,7 @@ async function send(skipped = '') {
   for (let wait = 500; ; wait = Math.min(wait * 2, 8000)) {
     try {
       const found = await call('/api/submit', pending);
-      backup.clear(config.person, task.item.id);
+      backup.clear(place(task.item));
       pending = null;
       if (found.gold) await gold(found.gold);
       if (config.role === 'admin') location.assign(`/admin/items/${task.item.id}`);
