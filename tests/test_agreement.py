@@ -279,9 +279,24 @@ def test_what_cannot_be_judged_says_so(folder, tmp_path, capsys):
     assert "cannot be read as .npz without pickled objects" in error("--features", str(tmp_path / "pickled.npz"))
 
 
+def test_what_is_wrong_is_found_before_anything_is_scored(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("limner.evaluation.choices.score_choices", lambda *_: pytest.fail("scored"))
+    mine = ["--scorers.mine.kind", "clip", "--scorers.mine.path", str(folder / "scorer"), "--output_dir", str(tmp_path)]
+    np.savez(tmp_path / "few.npz", features=np.ones((3, 2)), files=np.array(["0a", "0b", "1a"]))
+    pq.write_table(pa.table({"file": ["0a"], "scorer": ["mine"], "score": [1.0]}), tmp_path / "mine.parquet")
+    for options, words in (
+        (["--validation", str(tmp_path / "typo")], "is not a finished folder of choices"),
+        (["--trained_on", str(tmp_path / "typo")], "is not a finished folder of choices"),
+        (["--features", str(tmp_path / "few.npz")], "only 1 rows have features"),
+        (["--scores", str(tmp_path / "mine.parquet")], "has scores of mine, which is also under scorers"),
+    ):
+        assert main(["scorer", "evaluate", "--choices", str(folder / "choices"), *mine, *options]) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_a_scorers_own_tower_can_look_at_the_sets(folder, tmp_path):
-    """Against the vectors that transformers gives for the same pictures, put through the .npz way."""
-    photo_folder(tmp_path / "photos", count=6)
+    """Against the vectors that transformers gives for the same pictures, put through the .npz way. Real photos need no captions."""
+    (photo_folder(tmp_path / "photos", count=6) / "metadata.jsonl").unlink()
     options = ["--choices", str(folder / "choices"), "--scorers.mine.kind", "clip", "--scorers.mine.path", str(folder / "scorer")]
     tower = [*options, "--features", "mine", "--reference", str(tmp_path / "photos"), "--output_dir", str(tmp_path / "tower")]
     assert main(["scorer", "evaluate", *tower]) == 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from chain import photo_folder
@@ -46,6 +48,23 @@ def test_captions_become_prompts(server: Server, tmp_path: Path, capsys: pytest.
     assert prompts[1].image == (photos / "2.png").read_bytes()
     assert len(server.seen) == 4 and read_manifest(tmp_path / "out")["counts"]["captioned"] == 3
     assert main([*words, "--device", "cpu"]) == 0 and len(server.seen) == 4
+
+
+def test_a_table_of_paths_and_a_refused_photo(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    """Each photo counts once, under its reason; asking again when all is done asks nothing, though now it would be answered."""
+    photos = photo_folder(tmp_path / "photos", 3)
+    pq.write_table(pa.table({"image": [f"photos/{n}.png" for n in range(3)]}), tmp_path / "photos.parquet")
+    server.reply = lambda body: (400, "not this one") if images_of(body)[0].height == 21 else (200, said("A man."))
+    words = ["caption", "--images", str(tmp_path / "photos.parquet"), "--backend", server.url, "--model", "m"]
+    words += ["--output_dir", str(tmp_path / "out"), "--device", "cpu"]
+    assert photos.is_dir() and main(words) == 0
+    counts = read_manifest(tmp_path / "out")["counts"]
+    assert counts.pop("captioned") == 2
+    ((reason, number),) = counts.items()
+    assert "refused it (status 400" in reason and number == 1
+    server.reply, before = lambda body: (200, said("A wall.")), len(server.seen)
+    assert main(words) == 0 and len(server.seen) == before
+    assert "2 captioned" in capsys.readouterr().out
 
 
 def test_it_goes_on_after_an_endpoint_went_away(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811

@@ -290,6 +290,23 @@ def test_a_lost_shard_is_made_again_and_limit_takes_the_first_rows(tmp_path):
     assert [r.id for r in Choices(tmp_path / "few").rows] == ["hpd_v1-0000000", "hpd_v1-0000001"]
 
 
+def test_images_that_came_later_are_in_a_second_import(tmp_path):
+    """First two of the eight rows' images are there, then all, then three: the folder holds what the report counts, in shards of two."""
+    rows = [{"prompt": f"p{i}", "file_path": [f"{i}a", f"{i}b"], "human_preference": 0} for i in range(8)]
+    (tmp_path / "images").mkdir()
+    source = str(write_json(tmp_path / "t.json", rows))
+    words = ["scorer", "import", "--format", "hpd_v1", "--source", source, "--output_dir", str(tmp_path / "out")]
+    for there in ((0, 5), range(8), (1, 2, 6)):
+        for i in range(8):
+            for side in "ab":
+                (tmp_path / "images" / f"{i}{side}").unlink(missing_ok=True)
+                if i in there:
+                    (tmp_path / "images" / f"{i}{side}").write_bytes(picture(i))
+        assert main([*words, "--images", str(tmp_path / "images"), "--rows_per_shard", "2"]) == 0
+        assert [r.text for r in Choices(tmp_path / "out").rows] == [f"p{i}" for i in there]
+        assert json.loads((tmp_path / "out/report.json").read_text())["rows"] == len(there)
+
+
 def test_a_set_of_which_nothing_is_left_is_an_error(tmp_path, capsys):
     path = write_json(tmp_path / "t.json", [{"prompt": "a", "file_path": ["x"], "human_preference": 0}])
     assert main(["scorer", "import", "--format", "hpd_v1", "--source", str(path), "--output_dir", str(tmp_path / "o")]) == 2

@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from chain import photo_folder
 from limner import records
-from limner.inputs import iter_prompts, read_prompts
+from limner.inputs import iter_images, iter_prompts, read_prompts
 
 CAPTIONS = ["a woman in a red coat", 'two men, one says "hi"', "ein Mädchen läuft"]
 
@@ -390,3 +391,17 @@ def test_truncated_tar(size: int, tmp_path: Path) -> None:
 def test_not_a_tar(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"x" * 1024 + bytes(1024))
     fails("{} cannot be read as tar", tmp_path / "a.tar")
+
+
+def test_the_first_row_may_lack_what_later_ones_have(tmp_path: Path) -> None:
+    """In lines and archives each row has columns of its own: a caption of the second, an image of the second."""
+    folder = photo_folder(tmp_path / "photos", 2)
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.png"}\n{"file_name": "1.png", "text": "a man"}\n')
+    assert [i.text for i in iter_images(folder)] == ["", "a man"]
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        (tmp_path / "1.txt").write_text("a man")
+        for n, file in enumerate(("0.png", "1.png", "1.txt")):
+            tar.add(tmp_path / "1.txt" if n == 2 else folder / file, file)
+    assert [i.text for i in iter_images(tmp_path / "photos.tar")] == ["", "a man"]
+    (tmp_path / "p.jsonl").write_text('{"text": "x"}\n{"text": "y", "image": "photos/1.png"}\n')
+    assert [p.image and len(p.image) > 0 for p in iter_prompts(tmp_path / "p.jsonl", "train", need_images=False)] == [None, True]

@@ -219,10 +219,6 @@ def test_an_unreachable_endpoint(tmp_path: Path) -> None:
 
 def test_the_journal_survives_a_crash_while_it_writes(tmp_path: Path) -> None:
     path, questions = tmp_path / "a.jsonl", [Question(text=t, images=(b"1",)) for t in "ab"]
-    journal = Journal(path, "m")
-    for q in questions:
-        journal.keep(q, Answer(text=q.text))
-    path.write_bytes(path.read_bytes()[:-9])
     asked: list[str] = []
 
     class Backend:
@@ -233,10 +229,35 @@ def test_the_journal_survives_a_crash_while_it_writes(tmp_path: Path) -> None:
                 asked.append(q.text)
                 keep(i, Answer(text="new"))
 
-    assert [a.text for a in ask_all(Backend(), questions, Journal(path, "m"))] == ["a", "new"]
+    journal, other = Journal(path, Backend()), Backend()
+    for q in questions:
+        journal.keep(q, Answer(text=q.text))
+    path.write_bytes(path.read_bytes()[:-9])
+    assert [a.text for a in ask_all(Backend(), questions, Journal(path, Backend()))] == ["a", "new"]
     assert asked == ["b"]
-    assert [a.text for a in ask_all(Backend(), questions, Journal(path, "m"))] == ["a", "new"] and asked == ["b"]
-    assert not Journal(path, "another").answers
+    assert [a.text for a in ask_all(Backend(), questions, Journal(path, Backend()))] == ["a", "new"] and asked == ["b"]
+    other.revision = "of other weights"
+    assert not Journal(path, other).answers
+
+
+def test_where_not_one_question_is_answered_the_run_stops(tmp_path: Path) -> None:
+    """And asks again the next time. Of three questions each may be at fault; an answer kept from before says that the model answers."""
+
+    class Backend:
+        model, revision, files = "m", "", {}  # type: ignore[var-annotated]
+
+        def ask(self, wanted: list[Question], keep: Callable[[int, Answer], None]) -> None:
+            for i in range(len(wanted)):
+                keep(i, Answer(problem="it takes no images"))
+
+    questions = [Question(text=t, images=(b"1",)) for t in "abcd"]
+    with pytest.raises(ValueError, match=r"m answers none of 4 questions \(it takes no images\); mend that"):
+        ask_all(Backend(), questions, Journal(tmp_path / "a.jsonl", Backend()))
+    assert not (tmp_path / "a.jsonl").exists()
+    assert len(ask_all(Backend(), questions[:3], Journal(None, Backend()))) == 3
+    journal = Journal(None, Backend())
+    journal.keep(questions[0], Answer(text="yes"))
+    assert len(ask_all(Backend(), questions, journal)) == 4
 
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "yes", "no", "a", "man", "2"]

@@ -142,6 +142,23 @@ def test_two_sets_are_compared_place_by_place(server: Server, tmp_path: Path, ca
     assert "the images win: 0.667 [" in capsys.readouterr().out
 
 
+def test_prompts_of_two_sets_are_one_where_their_texts_are(server: Server, tmp_path: Path) -> None:
+    """Steps number the prompts of their own files: another run's first prompt may be another."""
+    server.reply = brighter
+
+    def numbered(folder: Path, texts: list[str], value: int) -> Path:
+        step = open_step(folder, "pool", {}, {})
+        images = [Image(id=f"{n}/0", prompt_id=f"test-{n}", text=t, image=png(picture(value + n))) for n, t in enumerate(texts)]
+        step.write(0, to_table(Image, images))
+        step.finish({})
+        return folder
+
+    ours, base = numbered(tmp_path / "ours", ["a man", "a cat"], 50), numbered(tmp_path / "base", ["a cat", "a car"], 90)
+    assert run(server, ours, tmp_path / "out", "--against", str(base)) == 0
+    (row,) = read_rows(tmp_path / "out", Choice)
+    assert (row.text, row.files) == ("a cat", ("images/1/0", "against/0/0"))
+
+
 def test_pairs_by_lot(tmp_path: Path) -> None:
     """Three of the 28 pairs of eight images, the same three again, others with another seed."""
     images = str(pool(tmp_path / "pool", {"a": {f"{i}": i for i in range(8)}}))

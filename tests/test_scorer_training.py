@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -111,6 +112,17 @@ def test_only_the_chosen_layers_move(parts, tmp_path, vision, text, scale, moved
     assert seen > 5
     frozen = [n for n in before if not n.startswith(moved)]
     assert all(torch.equal(before[n], after[n]) for n in frozen)
+
+
+def test_validation_without_a_decided_pair_loses_nothing(parts, tmp_path, capsys):
+    """All ties: there is no accuracy, and the checkpoint is there before anybody asks for one."""
+    ties, pairs = open_step(tmp_path / "ties", "choices", {}, {}), Choices(parts / "pairs")
+    undecided = [replace(r, images=tuple(pairs.encoded(i))) for i, r in enumerate(pairs.rows) if r.said[0] == r.said[1]]
+    ties.write(0, to_table(Choice, undecided))
+    ties.finish({})
+    assert train(parts, tmp_path / "out", validation=tmp_path / "ties", max_train_steps=1) == 0
+    assert "validation accuracy not known of 0 pairs" in capsys.readouterr().out
+    assert (tmp_path / "out/checkpoint-1/state.json").is_file()
 
 
 @pytest.mark.parametrize("loss", ["choice_among", "pickscore", "bradley_terry", "bradley_terry_ties", "gaussian"])

@@ -18,7 +18,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from typing import Any
 from limner.formats import IMAGES, Find, Values, files, images_below, read_bytes, rows, utf8
 from limner.images import image_size
 from limner.records import Image, Prompt
+
+CAPTIONS, IMAGE_COLUMNS = ("text", "caption", "prompt"), ("image", "file_name")  # names of columns, in this order
 
 
 def read_prompts(
@@ -70,13 +72,15 @@ def _located(path: Path, split: str, caption_column: str, image_column: str, lim
     """Prompts, and where each stands."""
     if limit < 0:
         raise ValueError(f"limit: {limit}; expected 0 (all) or more")
-    find = partial(_find, caption_column, image_column, need_images)
+    find, images = partial(_find, caption_column, image_column, need_images), (image_column,) if image_column else IMAGE_COLUMNS
     seen: dict[str, str] = {}
     other_splits: Counter[str] = Counter()
     for file in files(path, split):
         chosen: tuple[str, str | None] | None = None
         for where, values in rows(file, find):
             chosen = chosen or find(values, file)
+            if chosen[1] is None:  # of .jsonl and .tar a later row may be the first to have an image
+                chosen = chosen[0], _first(images, values)
             if values.get("split", split) != split:
                 other_splits[str(values["split"])] += 1
                 continue
@@ -118,6 +122,7 @@ def iter_images(
     for file in _image_files(Path(path)):
         for where, values in _image_rows(file, find):
             caption, column = find(values, file)
+            caption = caption or _first(CAPTIONS, values)  # as above
             text = values.get(caption) if caption else ""
             if text is not None and not isinstance(text, str):
                 raise ValueError(f"{where}: {caption} is {type(text).__name__}; expected text")
@@ -141,9 +146,9 @@ def _find_image(caption_column: str, image_column: str, pixels: bool, names: Ite
     """Columns of the caption, if there is one, and of the image ("" of a parquet file whose images are not wanted)."""
     if file.is_dir() or file.suffix.lower() in IMAGES:
         return "text", "image"
-    found, images = list(names), (image_column,) if image_column else ("image", "file_name")
-    captions = (caption_column,) if caption_column else ("text", "caption", "prompt")
-    caption, image = (next((n for n in wanted if n in found), None) for wanted in (captions, images))
+    found, images = list(names), (image_column,) if image_column else IMAGE_COLUMNS
+    captions = (caption_column,) if caption_column else CAPTIONS
+    caption, image = _first(captions, found), _first(images, found)
     if image is None:
         raise ValueError(f"{file}: no image column {' or '.join(images)} (found: {', '.join(found)}); set --image_column")
     if caption is None and caption_column:
@@ -171,17 +176,20 @@ def _image_rows(file: Path, find: Find) -> Iterator[Values]:
 def _find(caption_column: str, image_column: str, need_images: bool, names: Iterable[str], file: Path) -> tuple[str, str | None]:
     if file.is_dir() or file.suffix.lower() == ".txt":  # nothing to name: the options are for the other splits' tables
         return "text", "image"
-    captions = (caption_column,) if caption_column else ("text", "caption", "prompt")
-    images = (image_column,) if image_column else ("image", "file_name")
+    captions = (caption_column,) if caption_column else CAPTIONS
+    images = (image_column,) if image_column else IMAGE_COLUMNS
     found = list(names)
     listed = f"found: {', '.join(found)}"
-    caption = next((n for n in captions if n in found), None)
-    image = next((n for n in images if n in found), None)
+    caption, image = _first(captions, found), _first(images, found)
     if caption is None:
         raise ValueError(f"{file}: no caption column {' or '.join(captions)} ({listed}); set --data.caption_column")
     if image is None and need_images:
         raise ValueError(f"{file}: no image column {' or '.join(images)} ({listed}); set --data.image_column")
     return caption, image
+
+
+def _first(wanted: Iterable[str], there: Container[str]) -> str | None:
+    return next((name for name in wanted if name in there), None)
 
 
 def _caption(value: Any, column: str, where: str) -> str:

@@ -159,22 +159,28 @@ def evaluate_choices(config: EvaluateScorers, scorers: Sequence[Scorer], seen: M
     """
     images = Path(config.images) if config.images else None
     choices = Choices(Path(config.choices), config.limit, images)
-    found_features = None
-    if config.features:  # before hours of scoring: the path may be wrong
-        found_features = find_features(config.features, config.reference, choices, {s.name: s for s in scorers})
-    cut = count_long(scorers, (row.text for row in choices.rows))
-    keep_answers(scorers, Path(config.output_dir))
-    scores = score_choices(choices, scorers) if scorers else {}
-    scores |= read_scores(Path(config.scores), choices.rows) if config.scores else {}
-    if not scores and not config.features:
+    # first all that is read and may be wrong, then hours of scoring
+    elsewhere = read_scores(Path(config.scores), choices.rows) if config.scores else {}
+    if twice := [s.name for s in scorers if s.name in elsewhere]:
+        raise ValueError(f"scores: {config.scores} has scores of {twice[0]}, which is also under scorers; call one of them otherwise")
+    if not scorers and not elsewhere and not config.features:
         raise ValueError("scorers: none, and neither scores nor features: nothing to judge")
     trained = generators_of(Choices(Path(config.trained_on)).rows) if config.trained_on else None
+    other = Choices(Path(config.validation), images=images) if config.validation else None
+    sets: dict[str, Any] | None = None
+    if config.features:
+        features, probabilities, reference = find_features(config.features, config.reference, choices, {s.name: s for s in scorers})
+        sets = {"features": config.features, **judge_sets(choices.rows, features, probabilities, reference, config.seed)}
+    cut = count_long(scorers, (row.text for row in choices.rows))
+    keep_answers(scorers, Path(config.output_dir))
+    folder = Path(config.output_dir)
+    scores = (score_choices(choices, scorers) if scorers else {}) | elsewhere
+    write_scores(folder / "scores.parquet", choices.rows, scores)
     held_out: tuple[list[Choice], Scores] | None = None
-    if config.validation:
-        other = Choices(Path(config.validation), images=images)
+    if other is not None:
         count_long(scorers, (row.text for row in other.rows))
         held_out = (other.rows, score_choices(other, scorers) if scorers else {})
-        if elsewhere := [name for name in scores if name not in held_out[1]]:
+        if elsewhere:
             warnings.warn(f"validation: not used for {', '.join(elsewhere)}, whose scores were made elsewhere", stacklevel=2)
     out: dict[str, Any] = {"rows": len(choices), "tie_policy": config.tie_policy, "average": config.average, "seed": config.seed}
     about = {s.name: {**describe(s), "prompts_cut": cut.get(s.name, 0)} for s in scorers}
@@ -185,11 +191,8 @@ def evaluate_choices(config: EvaluateScorers, scorers: Sequence[Scorer], seen: M
         )
         for name, found in scores.items()
     }  # fmt: skip
-    if found_features is not None:
-        features, probabilities, reference = found_features
-        out["sets"] = {"features": config.features, **judge_sets(choices.rows, features, probabilities, reference, config.seed)}
-    folder = Path(config.output_dir)
-    write_scores(folder / "scores.parquet", choices.rows, scores)
+    if sets is not None:
+        out["sets"] = sets
     write_atomic(folder / "agreement.json", json.dumps({**out, "versions": versions()}, indent=1) + "\n")
     return out
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from limner.evaluation.distances import class_score, frechet, principal_components
 from limner.images import decode
-from limner.inputs import read_prompts
+from limner.inputs import iter_images
 from limner.records import Choice
 from limner.scorers.choices import Choices, shares
 from limner.scorers.learner import Learner, learner_of
@@ -152,8 +152,7 @@ def find_features(
         seen |= dict(zip(row.files, image_vectors(tower, choices.pictures(index))))
     if not reference:
         return seen, None, None
-    photos = read_prompts(reference, "test", need_images=True)
-    vectors = [image_vectors(tower, [decode(p.image or b"", f"reference: {p.id}")]) for p in photos]
+    vectors = [image_vectors(tower, [decode(photo.image, f"reference: {photo.id}")]) for photo in iter_images(reference)]
     return seen, None, np.concatenate(vectors)
 
 

@@ -26,6 +26,7 @@ from typing import Any, Protocol
 FIRST_TOKENS = 20  # most likely first tokens that are asked for, the most that OpenAI's interface gives
 KEY_VARIABLE = "OPENAI_API_KEY"
 WAIT_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # statuses after which the same question may be answered
+SEVERAL = 4  # questions of which at least one should have an answer
 MISCONFIGURED = (401, 403, 404, 405)  # of no question
 
 
@@ -75,8 +76,10 @@ class Backend(Protocol):
 class Journal:
     """Answers that were given, by question. A line that a crash cut off is asked again."""
 
-    def __init__(self, path: Path | None, model: str):
-        self.path, self.model, self._lock = path, model, threading.Lock()
+    def __init__(self, path: Path | None, backend: Backend):
+        # weights of the same name may be others
+        self.model = f"{backend.model}@{backend.revision}" if backend.revision else backend.model
+        self.path, self._lock = path, threading.Lock()
         self.answers: dict[str, Answer] = {}
         if path is None or not path.is_file():
             return
@@ -85,7 +88,7 @@ class Journal:
             try:
                 row = json.loads(line)
                 key, by = row.pop("key"), row.pop("model")
-                if by == model:
+                if by == self.model:
                     self.answers[key] = Answer(**row)
             except (ValueError, TypeError, KeyError, AttributeError):
                 continue
@@ -103,10 +106,18 @@ class Journal:
 
 
 def ask_all(backend: Backend, questions: Sequence[Question], journal: Journal) -> list[Answer]:
-    """Answers in the order of the questions; each distinct question is asked once, and not at all where the journal has its answer."""
+    """Answers in the order of the questions; each distinct question is asked once, and not at all where the journal has its answer.
+
+    Raises:
+        ValueError: of several questions not one was answered, so that something else is wrong than a question.
+    """
     new = list({q.key: q for q in questions if q.key not in journal.answers}.values())
     if new:
         backend.ask(new, lambda i, answer: journal.keep(new[i], answer))
+    refused = {q.key: a.problem for q in questions if not ((a := journal.answers[q.key]).text or a.first) and a.problem}
+    if len(refused) >= SEVERAL and len(refused) == len({q.key for q in questions}):
+        raise ValueError(f"{backend.model} answers none of {len(refused)} questions ({next(iter(refused.values()))}); mend that and run "
+                         "the same command again")  # fmt: skip
     return [journal.answers[q.key] for q in questions]
 
 

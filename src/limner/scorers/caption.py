@@ -1,8 +1,9 @@
 """`limner caption`: what a vision-language model says of a user's photos, as prompts that a recipe's `data.train` reads.
 
     folder/part-00000.parquet     rows of `Prompt`: id, caption, split, the photo's bytes
+    folder/missing-00000.parquet  photos without a caption, and why
     folder/captions.answers.jsonl what was answered, as it arrived
-    folder/manifest.json          model, question, counts; photos without a caption, and why
+    folder/manifest.json          model, question, counts
 
 HG-DPO captioned training and test photos with different models, so that a habit of one is no shortcut: caption each split by itself.
 """
@@ -20,13 +21,14 @@ from limner.records import Image, Prompt, to_table
 from limner.scorers.backends import Answer, Backend, Journal, Question, ask_all
 from limner.scorers.files import Source, files_hash, outside, reader_of
 from limner.scorers.judge import png
-from limner.store import open_step, read_rows
+from limner.store import open_step, read_table, shards
 
 QUESTION = (
     "Describe this photo in one sentence of at most 40 words, for someone who is to paint it: who is seen, what they wear and do, the "
     "pose, the place, the light. Only what is seen; no opinion, no names, no beginning such as 'This photo shows'."
 )
 MAX_TOKENS = 160
+MISSING = pa.schema([pa.field("id", pa.string()), pa.field("reason", pa.string())])
 
 
 def caption_files(
@@ -48,28 +50,28 @@ def caption_files(
         "images_per_shard": images_per_shard, "image_column": source.image_column,
     }  # fmt: skip
     step = open_step(folder, "prompts", config, {"images": files_hash(source.path)})
-    journal = Journal(folder / "captions.answers.jsonl", backend.model)
+    journal = Journal(folder / "captions.answers.jsonl", backend)
     tasks = spans(total, images_per_shard)
     take = reader_of(source, step, tasks, images_per_shard, part)
 
     def work(_: int, task: range, progress: Progress) -> dict[str, pa.Table]:
         images = take(task)
         found: list[Prompt] = []
+        missing: list[dict[str, str]] = []
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
             for image, text in zip(batch, captions(batch, backend, journal, question)):
-                if not text.startswith("!"):
+                if text.startswith("!"):
+                    missing.append({"id": image.id, "reason": text.removeprefix("!")})
+                else:
                     found.append(Prompt(id=image.id, text=text, split=split, image=image.image))
             progress(len(batch))
-        return {"part": to_table(Prompt, found)}
+        return {"part": to_table(Prompt, found), "missing": pa.Table.from_pylist(missing, schema=MISSING)}
 
     if not run_shards(step, tasks, work, units=len, name="caption", part=part):
         return None
-    done = {p.id for p in read_rows(folder, Prompt)}
-    counts = Counter({"captioned": len(done)})
-    for image in source.images(1, frozenset(range(total)) if len(done) < total else None):
-        if image.id not in done:
-            counts[captions([image], backend, journal, question)[0].removeprefix("!")] += 1
+    reasons = Counter(reason for path in shards(folder, "missing") for reason in read_table(path).column("reason").to_pylist())
+    counts = Counter({"captioned": total - reasons.total()}) + reasons
     step.finish(dict(counts))
     return counts
 

@@ -16,7 +16,7 @@ from limner.records import Choice, to_table
 from limner.scorers.choices import Choices, pairs, problem
 from limner.scorers.published import read_choices
 from limner.scorers.rows import Dropped
-from limner.store import Step, input_hash, open_step, write_atomic
+from limner.store import Step, input_hash, open_step, shards, write_atomic
 
 SHOWN = 5  # places that the report names for each reason
 
@@ -148,7 +148,7 @@ def _unreadable(data: bytes) -> str:
 
 
 def write_choices(step: Step, rows: Iterable[Choice], rows_per_shard: int = 256) -> dict[str, Any]:
-    """Write rows as shards, finished ones skipped, and count them."""
+    """Write rows as shards and count them. All anew: which rows a shard has depends on the image files that were there."""
     counts: Counter[str] = Counter()
     sizes: Counter[int] = Counter()
     prompts, generators, raters = set[str](), set[str](), set[str]()
@@ -158,8 +158,7 @@ def write_choices(step: Step, rows: Iterable[Choice], rows_per_shard: int = 256)
     def flush() -> None:
         nonlocal number
         if waiting:
-            if not step.has(number):
-                step.write(number, to_table(Choice, waiting))
+            step.write(number, to_table(Choice, waiting))
             number += 1
             waiting.clear()
 
@@ -175,6 +174,9 @@ def write_choices(step: Step, rows: Iterable[Choice], rows_per_shard: int = 256)
         if len(waiting) == rows_per_shard:
             flush()
     flush()
+    for left in shards(step.folder)[number:]:  # of a time when more images were there
+        left.unlink()
+        left.with_name(f"{left.name}.sha256").unlink()
     return {
         **{k: counts[k] for k in ("rows", "images", "pairs", "ties", "without_any_order")}, "prompts": len(prompts), "raters": len(raters),
         "generators": sorted(generators), "images_a_row": {str(k): v for k, v in sorted(sizes.items())},

@@ -143,11 +143,11 @@ class JudgeScorer:
         self.metric, self.files = f"judge_{template}", backend.files
         wording = hashlib.sha256((self.template.text + PAIRWISE.text).encode()).hexdigest()[:8]
         self.revision = f"{self.metric}@{backend.revision or backend.model}:{wording}"
-        self.journal = Journal(journal, backend.model)
+        self.journal = Journal(journal, backend)
 
     def keep_answers(self, path: Path | None) -> None:
         """Keep answers in a file from now on, and take those that it has; None = forget what was answered, keep no file."""
-        self.journal = Journal(path, self.backend.model)
+        self.journal = Journal(path, self.backend)
 
     def to_device(self, device: str) -> None:
         """Move a local model."""

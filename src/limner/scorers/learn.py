@@ -103,15 +103,16 @@ def train_scorer(config: TrainScorer, learner: Learner, *, revision: str) -> Pat
         if held_out is not None:
             found = accuracy(judge(held_out.rows, score_rows(learner, held_out)))
             record(step, {f"validation_{k}": found[k] for k in ("value", "low", "high", "n_pairs")})
-            print(f"step {step}: validation accuracy {found['value']:.3f} of {found['n_pairs']} pairs")
+            value = "not known" if found["value"] is None else f"{found['value']:.3f}"
+            print(f"step {step}: validation accuracy {value} of {found['n_pairs']} pairs")
         training_mode(learner, True)
 
     def save(step: int) -> None:
         checkpoint.save(out, step, {"trained": trained()}, o, {}, keep=config.checkpoints_total_limit)
 
     every: list[Every] = [
-        (1, record), (config.validation_steps or config.max_train_steps, validate),
-        (config.checkpointing_steps or config.max_train_steps, lambda step, _: save(step)),
+        (1, record), (config.checkpointing_steps or config.max_train_steps, lambda step, _: save(step)),
+        (config.validation_steps or config.max_train_steps, validate),
     ]  # fmt: skip
     training_mode(learner, True)
     draw = Draw(choices, chosen, learner, config)

@@ -120,7 +120,7 @@ def plan(config: JudgePairs) -> tuple[list[Source], list[Pair], Counter[str]]:
                 continue
             generator = made.get(image.id, "") or ("" if len(sources) == 1 else source.path.name)
             shown = Shown(number, position, prefix[number] + image.id, image.prompt_id, image.text, generator)
-            groups[number].setdefault(image.prompt_id, []).append(shown)
+            groups[number].setdefault(prompt_id(image.text), []).append(shown)  # ids of prompts are each source's own
     pairs: list[Pair] = []
     for key in dict.fromkeys(k for group in groups for k in group):
         sides = [group.get(key, []) for group in groups]
@@ -163,7 +163,7 @@ def judge_pairs(config: JudgePairs, backend: Backend) -> dict[str, Any]:
         "pairs": len(pairs),
     }  # fmt: skip
     step = open_step(folder, "choices", decides, {n: files_hash(s.path) for n, s in zip(("images", "against"), sources)})
-    journal = Journal(folder / "pairs.answers.jsonl", backend.model)
+    journal = Journal(folder / "pairs.answers.jsonl", backend)
 
     def work(_: int, task: range, progress: Progress) -> dict[str, pa.Table]:
         asked = [pairs[i] for i in task]
