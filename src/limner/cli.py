@@ -185,7 +185,7 @@ def dispatch_annotate(args: argparse.Namespace, path: str, overrides: Sequence[s
     try:
         from limner.steps.annotate import annotate
     except ImportError as error:
-        raise ValueError(f"annotate needs the extra `annotate` (pip install 'limner[annotate]'): {error}") from error
+        raise ValueError(f"annotate needs the extra `annotate` (pip install -e '.[annotate]'): {error}") from error
     annotate(args.action, study, dry_run=args.dry_run, **{name: getattr(args, name) for name in ANNOTATE})
     return 0
 

@@ -298,7 +298,7 @@ def dry_run(run: Run) -> int:
     for name, stage in run.recipe.stages.items():
         learn = stage.learn
         batch = learn.train_batch_size * learn.gradient_accumulation_steps
-        console.print(f"{name}: effective batch size {batch}, {costs.parameters[name]:,} trainable parameters")
+        console.print(f"{name}: effective batch size {batch} a process, {costs.parameters[name]:,} trainable parameters")
         if learn.loss == "dpo":
             betas = equivalent_betas(learn.beta, costs.latents // 4)
             console.print("  beta " + "; ".join(f"{v:g} per {k}" for k, v in betas.items()))

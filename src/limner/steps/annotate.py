@@ -59,7 +59,10 @@ def _with_figures(study: Study) -> Study:
         return study
     if study.task == "side" and study.images.against != FIGURES:
         raise ValueError(f"images.against: {study.images.against}; figures are compared with figures")
-    from limner.figures.raters import write_comparisons, write_study
+    try:
+        from limner.figures.raters import write_comparisons, write_study
+    except ImportError as error:
+        raise ValueError(f"images.from: figures are drawn with {error.name}; pip install -e '.[figures]'") from None
 
     count, folder = study.images.limit or 60, Path(study.output_dir) / "figures"
     if study.task == "rich":

@@ -79,7 +79,7 @@ def serve(args: argparse.Namespace) -> int:
 
         from limner.scorers.serve import make_app
     except ImportError as error:
-        raise ValueError(f"--serve needs {error.name}: pip install 'limner[serve]'") from None
+        raise ValueError(f"--serve needs {error.name}: pip install -e '.[serve]'") from None
     app = make_app(load_scorers(args.scorers, args.device), batch_size=args.batch_size, limit=args.queue)
     print(f"http://{args.host}:{args.port}/score answers; stop with ctrl-C", flush=True)
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning")

@@ -43,7 +43,7 @@ def train(run: Run, name: str) -> None:
     pairs = prepare(pipeline, read_rows(run.out / "examples" / name, Example), run.recipe.sampler.batch_size)
     start = _mean([_adapter_weights(run, s) for s in stage.starts]) if stage.starts else None
     learn = stage.learn
-    per_step = learn.train_batch_size * learn.gradient_accumulation_steps
+    per_step = learn.train_batch_size * learn.gradient_accumulation_steps * (accelerator.num_processes if accelerator else 1)
     print(f"train {name}: {len(pairs)} examples, {per_step} a step, {learn.max_train_steps} steps, rank {learn.rank}")
     if learn.loss == "dpo":
         betas = equivalent_betas(learn.beta, pairs.winner[0].numel())
