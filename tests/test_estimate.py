@@ -53,7 +53,7 @@ def test_images_for_diversity_are_drawn_where_something_measures_it(tmp_path: Pa
 
 def test_grids_of_samples_take_time(tmp_path: Path) -> None:
     """Two steps of 5 s, a grid after each, or one at the end: 3 or 2 rows of 8 pictures, each of 2 steps with guidance."""
-    costs = Costs(1.0, {"easy": 5.0, "normal": 5.0, "hard": 5.0}, 0.5, {"picker": 0.1, "judge": 0.2}, 1, 1, {"sample": 1.0},
+    costs = Costs(1.0, {"easy": 5.0, "normal": 5.0, "hard": 5.0}, 0.5, {"picker": 0.1, "judge": 0.2}, 1, 1, 1, {"sample": 1.0},
                   {"easy": 1, "normal": 1, "hard": 1})  # fmt: skip
     seconds = []
     for steps in (0, 1, 5):

@@ -205,6 +205,16 @@ def test_a_second_limb_has_its_joints_twice():
     assert second[0, wrist] > 0.8 and sum(second[0] > 0.1) == 1 and (first > 0.8).all()
 
 
+def test_a_second_limb_is_seen_where_the_first_is_hidden():
+    """In profile one wrist is behind the body; that of the limb that is too much is not, and stands in the row once."""
+    wrist = JOINTS.index("left_wrist")
+    row = _row(defect="extra_limb", defect_limb="left_arm")
+    row["visible"][wrist] = False
+    row["defect_joints"] = [j for j in row["defect_joints"] if j["joint"] != wrist] + [{"joint": wrist, "x": 24.5 / 32, "y": 4.5 / 32}]
+    places = [(round(x * 32, 3), round(y * 32, 3)) for k, x, y in lessons._joints(row)[1] if k == wrist]
+    assert places == [(wrist + 0.5, 16.5), (24.5, 4.5)]
+
+
 def test_a_shift_moves_by_pixels_and_repeats_the_edge():
     x = np.arange(9).reshape(3, 3)
     assert lessons.shift(x, 1, 0).tolist() == [[0, 1, 2], [0, 1, 2], [3, 4, 5]]

@@ -213,6 +213,9 @@ def test_the_recipe_with_stand_ins(world, tmp_path, monkeypatch, capsys):
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
     assert main(command) == 0
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}, "finished parts are kept"
+    capsys.readouterr()
+    assert main([*command, "--tower_steps", "3"]) == 2
+    assert "config.tower_steps: was 2, now 3" in capsys.readouterr().err
 
 
 def test_what_really_draws_on_a_tiny_pipeline(world, tmp_path):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, PNDMScheduler
 from safetensors.torch import save_file
 
-from limner.models.stable_diffusion import Pipeline, load_pipeline, wrap
+from limner.models.stable_diffusion import Pipeline, load_pipeline, save_pipeline, wrap
+from limner.pool.sample import make_scheduler
+from limner.recipe import Sampler
 from tiny import original_weights, save_tiny, tiny_pipeline, to_single_file
 
 Draws = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -80,6 +84,20 @@ def test_noise_and_targets_equal_those_of_diffusers(prediction: str, draws: Draw
     target = ours.target(latents, noise, t)
     assert torch.allclose(target, noise if prediction == "epsilon" else oracle.get_velocity(latents, noise, t), atol=1e-6)
     assert torch.allclose(ours.to_noise(target, noisy, t), noise, atol=1e-5)
+
+
+def test_a_pipeline_that_is_saved_draws_at_the_same_timesteps(tmp_path: Path) -> None:
+    """SD 1.5 comes with PNDM's configuration, which leaves the spacing to whoever reads it; and what it says not is not made up."""
+    pipe = tiny_pipeline()
+    pipe.scheduler = PNDMScheduler(skip_prk_steps=True, steps_offset=1)
+    config = {k: v for k, v in pipe.scheduler.config.items() if k != "timestep_spacing"}
+    before = replace(wrap(pipe, device="cpu"), scheduler_config=config)
+    save_pipeline(before, tmp_path / "model")
+    after = load_pipeline(str(tmp_path / "model"), device="cpu")
+    sampler = Sampler(num_inference_steps=5)
+    assert make_scheduler(after, sampler).timesteps.tolist() == make_scheduler(before, sampler).timesteps.tolist()
+    assert torch.equal(after.alphas, before.alphas)
+    assert not json.loads((tmp_path / "model/scheduler/scheduler_config.json").read_text()).get("clip_sample")
 
 
 def test_predict_is_float32_and_lets_gradients_through(draws: Draws) -> None:

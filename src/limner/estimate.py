@@ -55,7 +55,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Costs:
-    """Measured: seconds of a sample's call by kind, of a decoded and encoded image, bytes of an image file and of latents, MB by kind."""
+    """Measured: seconds of a sample's call by kind, of a decoded and encoded image, bytes of an image file, of latents and of a caption's
+    text states, MB by kind."""
 
     call: float
     train: dict[str, float]
@@ -63,6 +64,7 @@ class Costs:
     score: dict[str, float]
     png: int
     latents: int
+    text: int
     memory: dict[str, float]
     parameters: dict[str, int]
 
@@ -204,7 +206,8 @@ def measure(run: Run, counts: Counts, first: Prompt) -> Costs:
         lora.remove_adapters(pipeline.unet)
         pipeline.unet.disable_gradient_checkpointing()
     elements = shape[0] * shape[1] * shape[2]
-    return Costs(call, train, image, score, len(encode_png(pixels[0])), 4 * elements, memory, parameters)
+    states = text.element_size() * text[0].numel()
+    return Costs(call, train, image, score, len(encode_png(pixels[0])), 4 * elements, states, memory, parameters)
 
 
 def _ask(scorers: dict[str, Scorer], name: str, pixels: Tensor, text: str) -> None:
@@ -302,6 +305,9 @@ def dry_run(run: Run) -> int:
         if learn.loss == "dpo":
             betas = equivalent_betas(learn.beta, costs.latents // 4)
             console.print("  beta " + "; ".join(f"{v:g} per {k}" for k, v in betas.items()))
+        held = counts.train * (costs.text + (2 if learn.loss == "dpo" else 1) * costs.latents)  # while it trains, in main memory
+        if held > 1e9:
+            console.print(f"  up to {held / 1e9:.0f} GB of main memory a process for latents and texts")
     return 0
 
 

@@ -94,6 +94,7 @@ def fit(
     every: Sequence[Every] = (),
     save: Callable[[int], None] = lambda step: None,
     synchronise: Callable[[], None] | None = None,
+    any_of: Callable[[bool], bool] = bool,
     name: str = "train",
 ) -> None:
     """Take steps `start` .. `max_train_steps`.
@@ -104,6 +105,7 @@ def fit(
         every: (n, f): f(steps done, mean metrics of this step) after each n-th step and after the last one.
         save: called with the steps done when a signal asks to stop.
         synchronise: averages gradients over processes, before clipping.
+        any_of: whether a thing holds in any process: all stop after the same step, wherever the signal came first.
 
     Raises:
         RuntimeError: the loss or the gradient is not finite; nothing was updated by that step. With an enabled scaler a gradient that
@@ -147,7 +149,7 @@ def fit(
             for n, call in every:
                 if n and (done % n == 0 or done == max_train_steps):
                     call(done, total)
-            if received:
+            if any_of(bool(received)):
                 save(done)
                 print(f"{name}: stopped by signal at step {done}; saved. The same command goes on from there.", file=sys.stderr)
                 raise Interrupted(done)

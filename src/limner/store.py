@@ -132,7 +132,8 @@ def open_step(folder: Path, kind: str, config: Mapping[str, Any], inputs: Mappin
     if path.is_file():
         found = read_manifest(folder)
         changed = list(differences({k: found.get(k) for k in wanted}, wanted))
-        if changed and not found.get("complete") and not any(folder.glob("*.parquet")):  # failed before it made anything
+        made = any(folder.glob("*.parquet")) or any(folder.glob("checkpoint-*"))
+        if changed and not found.get("complete") and not made:  # failed before it made anything
             write_atomic(path, _json({**wanted, "versions": versions()}), _writer())
             return Step(folder, {**wanted, "versions": versions()})
         if changed:
@@ -178,7 +179,7 @@ def input_hash(folder: Path) -> str:
         ValueError: the step is not complete.
     """
     manifest = read_manifest(folder)
-    if not manifest.get("complete"):
+    if not is_complete(folder):
         raise ValueError(f"{folder} is not complete; run the step that makes it to its end first")
     core = {k: manifest[k] for k in ("kind", "config", "inputs", "shards")}
     return hashlib.sha256(_json(core).encode()).hexdigest()[:16]

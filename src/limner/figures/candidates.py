@@ -28,7 +28,7 @@ from limner.images import encode_png, to_uint8
 from limner.recipe import Sampler
 from limner.records import Prompt
 from limner.scorers.objective import NewDual, TrainScorer
-from limner.store import is_complete, open_step, read_table, shards
+from limner.store import input_hash, is_complete, open_step, read_table, shards
 
 REAL, UNSEEN = "real", "few_steps"  # not among the training choices
 TASTES = ("plausibility", "alignment", "aesthetics")  # of `latent.qualities`
@@ -208,7 +208,8 @@ def make_images(config: Hps, paint: Callable[[], Paint], know: Callable[[], Know
     for split, source in config.splits.items():
         folder = Path(config.output_dir) / "images" / split
         decides = {k: v for k, v in to_dict(config).items() if k in DECIDES}
-        step = open_step(folder, "hps_images", {**decides, "split": source, "prompts": config.prompts[split]}, {})
+        inputs = {"world": input_hash(Path(config.world) / "images" / source)}
+        step = open_step(folder, "hps_images", {**decides, "split": source, "prompts": config.prompts[split]}, inputs)
         if is_complete(folder):
             continue
         if not tools:

@@ -114,8 +114,9 @@ def make_tower(config: Hps) -> Path:
     folder = Path(config.output_dir) / "tower"
     done = folder / "model"
     decides = {"dual": to_dict(config.dual), "tower_steps": config.tower_steps, "tower_batch": config.tower_batch, "seed": config.seed}
-    open_step(folder, "tower", decides, {"images": input_hash(Path(config.world) / "images/train")})
+    step = open_step(folder, "tower", decides, {"images": input_hash(Path(config.world) / "images/train")})
     if done.is_dir():
+        step.finish({})
         return done
     rows = world_rows(config, "train", ["image", "prompt"])
     images, captions = pixels([r["image"] for r in rows]), [r["prompt"] for r in rows]
@@ -140,6 +141,7 @@ def make_tower(config: Hps) -> Path:
 
     fitting.train("tower", folder, model, o, start, config.tower_steps, loss, batches)
     fitting.save_whole(done, lambda target: save_scorer(model.eval(), tokenizer, target))
+    step.finish({})
     return done
 
 

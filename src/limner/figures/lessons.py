@@ -85,7 +85,8 @@ def _joints(row: Mapping[str, Any]) -> tuple[list[Joint], list[Joint]]:
     kept = {k for k, *_ in seen}
     gone = {k for k, *_ in sound if row["visible"][k] and k not in kept}
     if row["defect"] == "extra_limb":
-        twice = [j for j in seen if sum(k == j[0] for k, *_ in seen) > 1]
+        # of a second limb's joints the first may be hidden, so that they stand there once
+        twice = [j for j in seen if np.hypot(j[1] - sound[j[0]][1], j[2] - sound[j[0]][2]) > 1e-3]
         return sound, [j for j in sound if j[0] not in gone] + twice
     limb = {"head": ("head",)}.get(row["defect_limb"]) or _OUTER.get(row["defect_limb"], ())
     return sound, [j for j in sound if j[0] not in gone and JOINTS[j[0]] not in limb]
@@ -107,7 +108,7 @@ def add_paths(lessons: Lessons, pipeline: Pipeline, folder: Path, seed: int, sam
             latents = pipeline.encode_images(both)
             if t := RECONSTRUCTED[start // batch % len(RECONSTRUCTED)]:
                 latents = _reconstruct(pipeline, latents, [lessons.prompts[i] for i in rows], rows, t, seed, sampler)
-            pixels = (pipeline.decode_latents(latents) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+            pixels = (pipeline.decode_latents(latents) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
             partial = done.with_suffix(".partial.npy")
             np.save(partial, pixels.reshape(2, len(rows), *raw.shape[2:]))
             partial.rename(done)
@@ -120,7 +121,7 @@ def _reconstruct(
     pipeline: Pipeline, latents: torch.Tensor, prompts: list[str], rows: list[int], t: int, seed: int, sampler: Sampler
 ) -> torch.Tensor:
     """Noise sound and defective latents (2n, C, h, w) alike to t and denoise them."""
-    noise = seeds.noise(latents.shape[1:], [(seed, "lessons", i) for i in rows]).repeat(2, 1, 1, 1)
+    noise = seeds.noise(latents.shape[1:], [(seed, "lessons", i) for i in rows]).repeat(2, 1, 1, 1).to(latents)
     noisy = pipeline.add_noise(latents, noise, torch.full((len(latents),), t))
     text = pipeline.encode_text(prompts).repeat(2, 1, 1)
     return denoise(pipeline, noisy, text, pipeline.encode_text([""]), sampler, start=t)

@@ -26,7 +26,7 @@ from limner.figures.scene import ATTRIBUTES
 from limner.figures.teach import PATHS, to_input
 from limner.images import decode_batch, grid, to_uint8
 from limner.inputs import read_prompts
-from limner.models.stable_diffusion import Pipeline
+from limner.models.stable_diffusion import Pipeline, load_pipeline
 from limner.pool.sample import Request, sample
 from limner.recipe import Sampler
 from limner.records import Prompt
@@ -36,6 +36,7 @@ from limner.scorers.reader import FigureReader
 # split, sample, image, looks: what each labeller said, 0 (nothing wrong) to 1, flawed: whether most of them saw something wrong
 LABELLED = DATA / "labelled.parquet"
 SAMPLES = 200  # of the sheets
+RATED_BASE = "1182aeb716ec6180"  # hash of the base whose samples were looked at
 RATED, RATED_SEED = range(4000, 5600), 53  # training captions whose samples the raters' reader learns its verdict from, drawn as for a pool
 SAMPLER = Sampler(num_inference_steps=16, guidance_scale=2.0, batch_size=50)
 POOL_SAMPLER = Sampler(num_inference_steps=12, guidance_scale=1.0, batch_size=64)
@@ -56,9 +57,16 @@ def labelled_samples(split: str, path: Path = LABELLED) -> tuple[np.ndarray, np.
     return images, np.array([np.mean(r["looks"]) for r in rows]), np.array([r["flawed"] for r in rows])
 
 
-def rated_samples(pipeline: Pipeline, path: Path = LABELLED) -> tuple[np.ndarray, np.ndarray]:
+def rated_samples(path: Path = LABELLED) -> tuple[np.ndarray, np.ndarray]:
     """What the raters' reader learns its verdict from: base samples (N, 64, 64, 3) uint8, drawn anew because only what was said of them
-    is shipped, and how much is wrong with the body (N,) in [0, 1]."""
+    is shipped, and how much is wrong with the body (N,) in [0, 1].
+
+    Raises:
+        ValueError: the shipped base is not the one whose samples were looked at.
+    """
+    pipeline = load_pipeline(str(find("base")))
+    if pipeline.hash != RATED_BASE:
+        raise ValueError(f"the samples of {path.name} are of base {RATED_BASE}, and the one here is {pipeline.hash}: label its own")
     looks = pq.read_table(path, filters=[("split", "=", "raters")]).column("looks").to_pylist()
     prompts = read_prompts(find("train"), "train")[RATED.start : RATED.stop]
     return to_uint8(base_samples(pipeline, prompts, RATED_SEED, POOL_SAMPLER)), np.array([np.mean(x) for x in looks])
@@ -123,15 +131,17 @@ def auc(scores: np.ndarray, labels: np.ndarray, seed: int = 0) -> dict[str, floa
     return {**spread._asdict(), "value": statistics.auc(scores, labels)}
 
 
-def measure(pipeline: Pipeline, reader: FigureReader, scorers: dict[str, DualScorer], held_out: Lessons, work: Path) -> dict[str, Any]:
-    """Everything; also writes the sheets to `work`."""
-    add_paths(held_out, pipeline, work / "paths/raters", 0, Sampler(num_inference_steps=16, guidance_scale=1.0))
-    test = [p for p in read_prompts(find("test"), "test") if p.image and p.truth]
+def measure(
+    pipeline: Pipeline, reader: FigureReader, scorers: dict[str, DualScorer], held_out: Lessons, work: Path, data: Path
+) -> dict[str, Any]:
+    """Everything, with the pictures that lie in `data`; also writes the sheets to `work`."""
+    add_paths(held_out, pipeline, work / f"paths/raters-{pipeline.hash}", 0, Sampler(num_inference_steps=16, guidance_scale=1.0))
+    test = [p for p in read_prompts(find("test", data), "test") if p.image and p.truth]
     truth = [json.loads(p.truth or "")["attributes"] for p in test]
     indices = attribute_indices(truth)
     out: dict[str, Any] = {"reader": reader_quality(reader, decode_batch([p.image or b"" for p in test]), indices, held_out)}
     out |= {name: scorer_quality(scorer, held_out) for name, scorer in scorers.items()}
-    write_sheets(base_samples(pipeline, read_prompts(find("validation"), "validation")[:SAMPLES], seed=7), work / "sheets")
+    write_sheets(base_samples(pipeline, read_prompts(find("validation", data), "validation")[:SAMPLES], seed=7), work / "sheets")
     for name, split in (("base samples", "validation"), ("base samples, three looks each", "later")):
         samples, _, flawed = labelled_samples(split)
         reading = reader.read(to_input(list(samples)))

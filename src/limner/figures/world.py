@@ -195,7 +195,7 @@ def _lessons(world: World, split: str) -> tuple[Lessons, Pipeline]:
         raise ValueError(f"{_folder(world, f'images/{split}')} is not complete; make the part images first")
     pipeline = load_pipeline(str(_folder(world, "base/pipeline")))
     lessons = load_lessons(shards(_folder(world, f"images/{split}")))
-    add_paths(lessons, pipeline, _folder(world, f"paths/{split}"), world.seed, SAMPLER)
+    add_paths(lessons, pipeline, _folder(world, f"paths/{split}-{pipeline.hash}"), world.seed, SAMPLER)  # of another base they are others
     return lessons, pipeline
 
 
@@ -251,12 +251,12 @@ def _make_reader(
     done = _folder(world, f"{part}/model")
     if done.is_dir():
         return
-    lessons, pipeline = _lessons(world, split)
+    lessons = _lessons(world, split)[0]
     labelled = labelled_samples("train")[:2] if by_eye else None
     model = train_reader(lessons, done.parent, cycles=cycles, seed=seed, labelled=labelled)
     rows = _read(world, "train", ["image", "attributes"])[:2000]
     attributes = attribute_indices([json.loads(r["attributes"]) for r in rows])
-    finished = finish_reader(model, _pixels(rows), attributes, mirror=mirror, labelled=labelled or rated_samples(pipeline))
+    finished = finish_reader(model, _pixels(rows), attributes, mirror=mirror, labelled=labelled or rated_samples())
     save_whole(done, lambda folder: save_reader(finished, folder, half=True))
 
 
@@ -301,9 +301,10 @@ def measure_world(world: World) -> None:
     from limner.scorers.dual import load_scorer
     from limner.scorers.reader import load_reader
 
-    held_out = load_lessons(shards(_folder(world, "images/raters")))
-    scorers = {name: load_scorer(find(name), name) for name in ("preference", "judge")}
-    found = measure(load_pipeline(str(find("base"))), load_reader(find("reader")), scorers, held_out, Path(world.output_dir))
+    held_out, data = load_lessons(shards(_folder(world, "images/raters"))), Path(world.ship_dir) if world.ship_dir else DATA
+    scorers = {name: load_scorer(find(name, data), name) for name in ("preference", "judge")}
+    base, reader = load_pipeline(str(find("base", data))), load_reader(find("reader", data))
+    found = measure(base, reader, scorers, held_out, Path(world.output_dir), data)
     (Path(world.output_dir) / "quality.json").write_text(json.dumps(found, indent=1) + "\n")
     for part, numbers in found.items():
         for name, n in numbers.items():

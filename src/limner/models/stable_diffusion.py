@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from limner.models.frozen import forget_inputs
@@ -77,8 +77,9 @@ class Pipeline:
         tokens = self.tokenizer(
             distinct, padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt"
         ).input_ids
-        states = [self.text_encoder(part.to(self.device))[0] for part in tokens.split(64)]
-        return torch.cat(states)[[distinct.index(t) for t in texts]]
+        states = torch.cat([self.text_encoder(part.to(self.device))[0] for part in tokens.split(64)])
+        place = {t: i for i, t in enumerate(distinct)}
+        return states if len(distinct) == len(texts) else states[[place[t] for t in texts]]
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
@@ -215,9 +216,13 @@ def wrap(
 
 
 def save_pipeline(pipeline: Pipeline, folder: Path) -> None:
-    """Write a pipeline as a diffusers folder that `load_pipeline` and `DiffusionPipeline.from_pretrained` read. No adapter may be on."""
+    """Write a pipeline as a diffusers folder that `load_pipeline` and `DiffusionPipeline.from_pretrained` read. No adapter may be on.
+
+    Its scheduler is the one that samples here: another class's would write that class's defaults into the configuration, which would then
+    draw at other timesteps.
+    """
     parts = {"unet": pipeline.unet, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder, "tokenizer": pipeline.tokenizer}
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler_config)
+    scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler_config)
     StableDiffusionPipeline(
         **parts, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     ).save_pretrained(folder)

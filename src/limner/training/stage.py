@@ -74,7 +74,16 @@ def prepare(pipeline: Pipeline, examples: Iterable[Example], batch_size: int = 1
         if w.shape != l.shape:
             raise ValueError(f"group {name}: winner and loser differ in size, latents {tuple(w.shape)} and {tuple(l.shape)}")
     text = torch.tensor([place[g["winner"].text] for g in groups.values()])
-    return Pairs(list(groups), winner, loser, pipeline.encode_text(texts).cpu(), text, pipeline.encode_text([""]).cpu())
+    return Pairs(list(groups), winner, loser, _text_states(pipeline, texts), text, pipeline.encode_text([""]).cpu())
+
+
+def _text_states(pipeline: Pipeline, texts: Sequence[str], at_once: int = 1024) -> Tensor:
+    """Text states (N, L, D) in main memory, where there is room for those of all captions, each there once."""
+    first = pipeline.encode_text(texts[:1]).cpu()
+    states = first.new_empty((len(texts), *first.shape[1:]))
+    for i in range(0, len(texts), at_once):
+        states[i : i + at_once] = pipeline.encode_text(texts[i : i + at_once]).cpu()
+    return states
 
 
 def _latents(pipeline: Pipeline, examples: Sequence[Example], batch_size: int) -> list[Tensor]:
@@ -247,6 +256,7 @@ def train_stage(
     fit(
         loss, draw, optimisation, max_train_steps=learn.max_train_steps, start=begin, every=every, save=save, name=f"train {stage}",
         synchronise=(lambda: _average_gradients(parameters, accelerator)) if processes > 1 else None,
+        any_of=(lambda here: bool(accelerator.reduce(torch.tensor(float(here), device=device)) > 0)) if processes > 1 else bool,
     )  # fmt: skip
     if learn.gradient_checkpointing:
         unet.disable_gradient_checkpointing()
