@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from chain import photo_folder, write_recipe
 from limner.cli import main
@@ -65,26 +64,6 @@ def test_a_single_file_checkpoint_through_the_whole_chain(tmp_path):
     metrics = json.loads((tmp_path / "single/metrics.json").read_text())
     assert f"| judge | {metrics['models']['base']['judge']['value']:.4g} [" in card
     assert load_lora(load_pipeline(str(tmp_path / "model"), device="cpu").unet, tmp_path / "single/train/hard/adapter", "x")
-
-
-def test_a_stage_starts_from_the_mean_of_several(tmp_path):
-    """With a learning rate of 0 it stays where it starts: at the mean of what the two adapters' files hold, read by another library."""
-    recipe = str(write_recipe(tmp_path))
-    assert main(["run", recipe, "--stages.hard.start", "[easy, normal]", "--stages.hard.learn.learning_rate", "0"]) == 0
-    files = (tmp_path / "out/train" / s / "adapter/pytorch_lora_weights.safetensors" for s in ("easy", "normal", "hard"))
-    easy, normal, hard = (load_file(f) for f in files)
-    assert any(not np.allclose(easy[k], normal[k]) for k in easy)
-    for key, value in hard.items():
-        np.testing.assert_allclose(value, (easy[key] + normal[key]) / 2, rtol=1e-6, atol=1e-9)
-
-
-def test_stages_that_began_apart_are_not_averaged(tmp_path, capsys):
-    """Their LoRAs were drawn with other seeds, so that the mean of A and B does nothing that either does."""
-    recipe = str(write_recipe(tmp_path))
-    apart = ["--stages.normal.start", "", "--stages.normal.learn.reference", "base", "--stages.hard.start", "[easy, normal]"]
-    assert main(["run", recipe, *apart]) == 2
-    assert "stages.hard.start: easy and normal began as different LoRAs" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
 
 
 def test_photos_are_compared_by_the_vectors_of_a_clip(tmp_path):

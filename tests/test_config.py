@@ -130,7 +130,6 @@ def test_an_unknown_option_says_the_same(tmp_path: Path, option: list[str], word
         (["--stages.easy.loser", "null"], "stages.easy.loser: not set"),
         (["--stages.hard.start", "normal"], "stages.hard.start: 'normal' is not an earlier stage (easy)"),
         (["--stages.easy.start", "hard"], "stages.easy.start: 'hard' is not an earlier stage (there is none)"),
-        (["--stages.hard.start", "[easy, normal]"], "stages.hard.start: 'normal' is not an earlier stage (easy)"),
         (["--data.train", ""], "data.train: not set"),
         (["--data.test", ""], "data.test: not set"),
         (["--generate.stage_blocks", "{hard: []}"], "generate.stage_blocks.hard: empty; expected some of all, down, mid, up"),

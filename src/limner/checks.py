@@ -6,7 +6,6 @@ import re
 import warnings
 from functools import reduce
 from importlib.util import find_spec
-from itertools import product
 from typing import Any
 
 from limner.recipe import BASE, BLOCKS, Recipe, Source, Stage
@@ -54,7 +53,7 @@ def check(recipe: Recipe) -> None:
         _check_learn(f"{at}.learn", stage, recipe)
         if stage.learn.loss == "dpo" and stage.loser is None:
             raise ValueError(f"{at}.loser: not set; loss dpo compares a winner with a loser")
-        if stage.learn.reference == "start" and not stage.starts:
+        if stage.learn.reference == "start" and not stage.start:
             raise ValueError(f"{at}.learn.reference: start needs {at}.start")
         if stage.learn.sample_steps and not recipe.data.validation:
             raise ValueError(f"data.validation: not set; {at}.learn.sample_steps draws grids of its captions (0 = none)")
@@ -117,23 +116,12 @@ def check_packages(recipe: Recipe) -> None:
 
 
 def _check_start(at: str, stage: Stage, recipe: Recipe, earlier: list[str]) -> None:
-    if stage.starts and stage is recipe.stages.get(BASE):
+    if stage.start and stage is recipe.stages.get(BASE):
         raise ValueError(f"{at}: stage {BASE} makes the model that all others start from; leave start out")
-    if BASE in stage.starts:
+    if stage.start == BASE:
         raise ValueError(f"{at}: all stages start from what stage {BASE} makes; leave start out")
-    if unknown := [s for s in stage.starts if s not in earlier]:
-        raise ValueError(f"{at}: {unknown[0]!r} is not an earlier stage ({', '.join(earlier) or 'there is none'})")
-    origins = {_origin(s, recipe): s for s in stage.starts}
-    if len(origins) > 1:
-        differ = " and ".join(origins.values())
-        raise ValueError(f"{at}: {differ} began as different LoRAs, whose mean is neither; only stages of one chain can be averaged")
-
-
-def _origin(name: str, recipe: Recipe) -> str:
-    """The stage where a chain of stages began: there its LoRA was drawn."""
-    while before := recipe.stages[name].starts:
-        name = before[0]
-    return name
+    if stage.start and stage.start not in earlier:
+        raise ValueError(f"{at}: {stage.start!r} is not an earlier stage ({', '.join(earlier) or 'there is none'})")
 
 
 def _check_learn(at: str, stage: Stage, recipe: Recipe) -> None:
@@ -147,10 +135,10 @@ def _check_learn(at: str, stage: Stage, recipe: Recipe) -> None:
         ignored = [k for k in ("statistics_weight", "sft_weight", "safeguard") if getattr(learn, k)]
         if ignored or learn.loser_weight != 1.0:
             warnings.warn(f"{at}: {', '.join(ignored or ['loser_weight'])} ignored: loss sft has no loser", stacklevel=2)
-    for start, key in product(stage.starts, ("rank", "lora_alpha", "blocks")):
-        mine, before = getattr(learn, key), getattr(recipe.stages[start].learn, key)
+    for key in ("rank", "lora_alpha", "blocks") if stage.start else ():
+        mine, before = getattr(learn, key), getattr(recipe.stages[stage.start].learn, key)
         if mine != before:
-            raise ValueError(f"{at}.{key}: {mine}, but stage {start} has {before}; adapter continue trains the same LoRA on")
+            raise ValueError(f"{at}.{key}: {mine}, but stage {stage.start} has {before}; adapter continue trains the same LoRA on")
 
 
 def _check_source(at: str, source: Source, recipe: Recipe, earlier: list[str]) -> None:

@@ -252,8 +252,7 @@ class Stage:
     """One stage of a curriculum: which image wins, which loses, what is kept, how to learn, from where to start.
 
     Args:
-        start: the stage whose weights to start from ("" = the base model); of several stages the mean of their weights, which takes away
-            some of the noise of their last steps.
+        start: the stage whose weights to start from ("" = the base model).
         winner: where the better image comes from (for loss sft: the only one).
         loser: where the worse one comes from; none for loss sft.
         keep: winner_not_worse drops pairs whose winner scores below the loser (HG-DPO eq. 8).
@@ -261,17 +260,12 @@ class Stage:
         learn: loss, strength, optimiser, adapter.
     """
 
-    start: list[str] | str = ""
+    start: str = ""
     winner: Source = field(default_factory=Source)
     loser: Source | None = None
     keep: Literal["all", "winner_not_worse"] = "all"
     wins_on: list[str] = field(default_factory=list)
     learn: Learn = field(default_factory=Learn)
-
-    @property
-    def starts(self) -> list[str]:
-        """The stages to start from; empty = the base model."""
-        return [self.start] if isinstance(self.start, str) and self.start else list(self.start)
 
     @property
     def sources(self) -> list[Source]:

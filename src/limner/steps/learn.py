@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,6 @@ from limner.store import differences, input_hash, write_atomic
 GRID = 8  # prompts of a grid of samples
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from limner.models.stable_diffusion import Pipeline
 
 
@@ -41,7 +39,7 @@ def train(run: Run, name: str) -> None:
     main = accelerator is None or accelerator.is_main_process  # the one process that writes
     pipeline = run.fresh(tuning=name == BASE)
     pairs = prepare(pipeline, read_rows(run.out / "examples" / name, Example), run.recipe.sampler.batch_size)
-    start = _mean([_adapter_weights(run, s) for s in stage.starts]) if stage.starts else None
+    start = _adapter_weights(run, stage.start) if stage.start else None
     learn = stage.learn
     per_step = learn.train_batch_size * learn.gradient_accumulation_steps * (accelerator.num_processes if accelerator else 1)
     print(f"train {name}: {len(pairs)} examples, {per_step} a step, {learn.max_train_steps} steps, rank {learn.rank}")
@@ -115,7 +113,7 @@ def _stage_identity(run: Run, name: str) -> dict[str, Any]:
     learn = to_dict(stage.learn)
     for key in ("checkpointing_steps", "checkpoints_total_limit", "sample_steps", "gradient_checkpointing"):
         learn.pop(key)  # do not change the result
-    started = "+".join(run.identity_of(s).get("adapter", "") for s in stage.starts)
+    started = run.identity_of(stage.start).get("adapter", "") if stage.start else ""
     tuned = {"base": run.identity_of(BASE).get("adapter", "")} if name != BASE and BASE in run.recipe.stages else {}
     return tuned | {
         "learn": learn,
@@ -161,13 +159,6 @@ def _adapter_weights(run: Run, name: str) -> dict[str, Any]:
             f"stage {name} is trained, but {run.out / 'train' / name} has no checkpoint to go on from; remove the folder and train it again"
         )
     return checkpoint.load(found)[0]["adapter"]
-
-
-def _mean(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of adapters of one chain, of each A and each B. That is near the mean of what they do, since they lie near each other."""
-    import torch
-
-    return {key: torch.stack([s[key] for s in states]).mean(0) for key in states[0]}
 
 
 def _sampler_grid(run: Run, pipeline: Pipeline, folder: Path) -> Callable[[int], None]:
