@@ -1,4 +1,4 @@
-# demo: see HG-DPO work (five to eleven minutes on two cores) · test: the tests · check: lint and types · world: make the embedded world again
+# demo: see HG-DPO work (five to twelve minutes on two cores) · test: the tests · check: lint and types · world: make the embedded world again
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
