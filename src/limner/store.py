@@ -108,6 +108,13 @@ class Step:
         write_atomic(path, data, _writer())
         write_atomic(_checksum_file(path), f"{hashlib.sha256(data).hexdigest()}  {path.name}\n", _writer())
 
+    def drop(self, index: int) -> None:
+        """Remove the shards from `index` on, of a time when there was more to write."""
+        for path in shards(self.folder):
+            if path >= self.shard(index):
+                path.unlink()
+                _checksum_file(path).unlink()
+
     def finish(self, counts: Mapping[str, Any]) -> None:
         """Record the shards' checksums and what was counted; the step is then complete."""
         shards = {p.name: _checksum_file(p).read_text().split()[0] for p in sorted(self.folder.glob("*.parquet"))}

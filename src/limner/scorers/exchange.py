@@ -16,7 +16,7 @@ from limner.records import Choice, to_table
 from limner.scorers.choices import Choices, pairs, problem
 from limner.scorers.published import read_choices
 from limner.scorers.rows import Dropped
-from limner.store import Step, input_hash, open_step, shards, write_atomic
+from limner.store import Step, input_hash, open_step, write_atomic
 
 SHOWN = 5  # places that the report names for each reason
 
@@ -174,9 +174,7 @@ def write_choices(step: Step, rows: Iterable[Choice], rows_per_shard: int = 256)
         if len(waiting) == rows_per_shard:
             flush()
     flush()
-    for left in shards(step.folder)[number:]:  # of a time when more images were there
-        left.unlink()
-        left.with_name(f"{left.name}.sha256").unlink()
+    step.drop(number)
     return {
         **{k: counts[k] for k in ("rows", "images", "pairs", "ties", "without_any_order")}, "prompts": len(prompts), "raters": len(raters),
         "generators": sorted(generators), "images_a_row": {str(k): v for k, v in sorted(sizes.items())},

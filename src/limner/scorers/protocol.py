@@ -72,6 +72,11 @@ def tokens(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, truncation=False, verbose=False).input_ids)
 
 
+def parts_of(scorers: Iterable[Any]) -> list[Any]:
+    """The scorers that are asked: of a sum its parts."""
+    return [part for s in scorers for part in getattr(s, "parts", [s])]
+
+
 def count_long(scorers: Iterable[Any], prompts: Iterable[str]) -> dict[str, int]:
     """Of each scorer (of a sum: of its parts) that cuts any of the distinct prompts how many.
 
@@ -79,7 +84,7 @@ def count_long(scorers: Iterable[Any], prompts: Iterable[str]) -> dict[str, int]
         UserWarning: the count; here, and not again at every batch.
     """
     distinct, found = set(prompts), dict[str, int]()
-    for scorer in (part for s in scorers for part in getattr(s, "parts", [s])):
+    for scorer in parts_of(scorers):
         if scorer.needs_prompt and (reads := getattr(scorer, "reads", None)) and (long := reads.count_long(distinct, scorer.name)):
             found[scorer.name] = long
     return found

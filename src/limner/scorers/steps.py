@@ -15,7 +15,7 @@ from limner.engine import Progress, run_shards
 from limner.images import decode, in_threads, to_tensor
 from limner.records import Image, Score, from_table, to_table
 from limner.scorers.combine import SumScorer
-from limner.scorers.protocol import PictureScorer, Scorer, count_long, describe
+from limner.scorers.protocol import PictureScorer, Scorer, count_long, describe, parts_of
 from limner.store import input_hash, is_complete, open_step, read_column, read_manifest, read_table, shards
 
 FEEDBACK = "feedback"  # the name of scores that say what was preferred
@@ -32,7 +32,7 @@ def score_images(
     is not a number.
     """
     values: dict[tuple[int, str], float | str] = {}
-    parts = {p.name: p for s in scorers for p in (s.parts if isinstance(s, SumScorer) else [s])}
+    parts = {p.name: p for p in parts_of(scorers)}
     for pictures in _decoded_ahead(images, batch_size):
         for scorer in parts.values():
             asked: list[tuple[int, PIL.Image.Image]] = []
