@@ -138,6 +138,7 @@ def test_an_unknown_option_says_the_same(tmp_path: Path, option: list[str], word
         (["--stages.easy.learn.reference", "start"], "stages.easy.learn.reference: start needs stages.easy.start"),
         (["--stages.hard.keep", "winner_not_worse"], "stages.hard.keep: winner_not_worse needs a scorer"),
         (["--stages.hard.learn.rank", "4"], "stages.hard.learn.rank: 4, but stage easy has 8"),
+        (["--stages.hard.learn.layers", "all"], "stages.hard.learn.layers: all, but stage easy has attention"),
         (["--stages.easy.learn.max_timestep", "0"], "lie outside the schedule"),
         (["--stages.hard.wins_on", "[picker]", "--stages.hard.winner.from", "real"], "stages.hard.winner: scorers score pools and recon"),
         (

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from limner.models.card import add_evaluation, write_card
+from limner.models.frozen import forget_inputs
 from limner.models.lora import (
     adapter_as,
     adapter_off,
@@ -59,14 +60,18 @@ def test_new_lora_changes_nothing_and_off_is_the_base_bit_for_bit(unet: UNet) ->
     assert (run(unet) - before).abs().max() > 1e-3
 
 
-def test_gradients_reach_the_adapter_only(unet: UNet) -> None:
-    parameters = add_lora(unet, "learner", rank=4)
+# 2 attention blocks down and up (1 + 2 layers), 1 in the middle; 8 linears each.
+# All: these, with proj_in, proj_out and two of the feed-forward each; 8 resnets (2 down, 2 in the middle, 4 up) of conv1, conv2 and
+# time_emb_proj, of which 5 change the width and have a shortcut; one convolution to go down and one to go up.
+@pytest.mark.parametrize(("layers", "number"), [("attention", 4 * 8), ("all", 4 * 12 + 8 * 3 + 5 + 2)])
+def test_gradients_reach_the_adapter_only(unet: UNet, layers: Any, number: int) -> None:
+    forget_inputs(unet)  # as in training
+    parameters = add_lora(unet, "learner", rank=4, layers=layers)
     stir(unet, "learner")
     run(unet).square().mean().backward()
     assert {id(p) for p in unet.parameters() if p.grad is not None} == {id(p) for p in parameters}
     assert all(p.grad.abs().sum() > 0 for p in parameters)
-    # 2 attention blocks down and up (1 + 2 layers), 1 in the middle; 8 linears each, A and B
-    assert len(parameters) == 4 * 8 * 2
+    assert len(parameters) == number * 2
 
 
 def test_init_follows_the_seed_and_not_the_process() -> None:
@@ -147,9 +152,10 @@ def test_frozen_copy_is_a_reference_that_does_not_move(unet: UNet) -> None:
             assert torch.equal(run(unet), start)
 
 
+@pytest.mark.parametrize("layers", ["attention", "all"])
 @torch.no_grad()
-def test_scale_is_that_of_b_and_acts_in_the_blocks_only(unet: UNet) -> None:
-    add_lora(unet, "learner", rank=4, alpha=2)
+def test_scale_is_that_of_b_and_acts_in_the_blocks_only(unet: UNet, layers: Any) -> None:
+    add_lora(unet, "learner", rank=4, alpha=2, layers=layers)
     stir(unet, "learner")
     full, state = run(unet), adapter_state(unet, "learner")
     for blocks in (("all",), ("up",)):
@@ -163,10 +169,11 @@ def test_scale_is_that_of_b_and_acts_in_the_blocks_only(unet: UNet) -> None:
         assert torch.equal(run(unet), full)
 
 
+@pytest.mark.parametrize("layers", ["attention", "all"])
 @torch.no_grad()
-def test_merge_keeps_the_output_and_a_new_adapter_goes_on_top(unet: UNet) -> None:
+def test_merge_keeps_the_output_and_a_new_adapter_goes_on_top(unet: UNet, layers: Any) -> None:
     names = list(unet.state_dict())
-    add_lora(unet, "easy", rank=2)
+    add_lora(unet, "easy", rank=2, layers=layers)
     stir(unet, "easy")
     tuned = run(unet)
     merge_adapter(unet, "easy")
@@ -199,13 +206,14 @@ def test_state_of_another_adapter_is_refused(unet: UNet) -> None:
         load_adapter_state(unet, "b", adapter_state(unet, "a"))
 
 
+@pytest.mark.parametrize("layers", ["attention", "all"])
 @pytest.mark.parametrize("blocks", [("all",), ("up",)])
 @pytest.mark.parametrize("file", ["pytorch_lora_weights.safetensors", "kohya.safetensors"])
 @torch.no_grad()
-def test_plain_diffusers_loads_both_files_with_identical_output(tmp_path: Path, file: str, blocks: tuple[str]) -> None:
+def test_plain_diffusers_loads_both_files_with_identical_output(tmp_path: Path, file: str, blocks: tuple[str], layers: Any) -> None:
     pipe = tiny_pipeline()
     untouched = copy.deepcopy(pipe)
-    add_lora(pipe.unet, "learner", rank=4, alpha=2, blocks=blocks)
+    add_lora(pipe.unet, "learner", rank=4, alpha=2, layers=layers, blocks=blocks)
     stir(pipe.unet, "learner")
     set_adapter_scale(pipe.unet, "learner", 0.5)  # of generation; what is saved is the trained strength
     save_lora(tmp_path, pipe.unet, "learner", metadata={"stage": "easy"})
@@ -218,9 +226,10 @@ def test_plain_diffusers_loads_both_files_with_identical_output(tmp_path: Path, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["kohya.safetensors", "pytorch_lora_weights.safetensors"]
 
 
+@pytest.mark.parametrize("layers", ["attention", "all"])
 @torch.no_grad()
-def test_own_round_trip(tmp_path: Path, unet: UNet) -> None:
-    add_lora(unet, "learner", rank=4, alpha=2)
+def test_own_round_trip(tmp_path: Path, unet: UNet, layers: Any) -> None:
+    add_lora(unet, "learner", rank=4, alpha=2, layers=layers)
     stir(unet, "learner")
     save_lora(tmp_path, unet, "learner", metadata={})
     other = tiny_pipeline().unet

@@ -7,6 +7,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,12 +60,16 @@ def undisturbed(pairs: Pairs, tmp_path_factory: pytest.TempPathFactory) -> tuple
 # -- what moves --------------------------------------------------------------------------------------------------------
 
 
-def test_only_the_adapter_moves(pairs: Pairs, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layers", "convolutions"), [("attention", 0), ("all", 31)]
+)  # 16 and 5 shortcuts of 8 resnets, 8 projections of 4 attentions, 2 samplers
+def test_only_the_adapter_moves(pairs: Pairs, tmp_path: Path, layers: Any, convolutions: int) -> None:
     """All weights of the three networks are bit for bit what they were; every B has left zero."""
     pipeline = fresh()
     before = {f"{n}.{k}": v.clone() for n in ("unet", "vae", "text_encoder") for k, v in getattr(pipeline, n).state_dict().items()}
-    after = run(tmp_path, pairs, pipeline=pipeline)
+    after = run(tmp_path, pairs, replace(LEARN, layers=layers), pipeline)
     assert all(v.abs().max() > 0 for k, v in after.items() if ".lora_B." in k)
+    assert sum(v.dim() == 4 for k, v in after.items() if ".lora_B." in k) == convolutions
     gradients = {n for n, p in pipeline.unet.named_parameters() if p.grad is not None}
     assert gradients
     assert all(".lora_" in n for n in gradients)

@@ -135,7 +135,7 @@ def _check_learn(at: str, stage: Stage, recipe: Recipe) -> None:
         ignored = [k for k in ("statistics_weight", "sft_weight", "safeguard") if getattr(learn, k)]
         if ignored or learn.loser_weight != 1.0:
             warnings.warn(f"{at}: {', '.join(ignored or ['loser_weight'])} ignored: loss sft has no loser", stacklevel=2)
-    for key in ("rank", "lora_alpha", "blocks") if stage.start else ():
+    for key in ("rank", "lora_alpha", "layers", "blocks") if stage.start else ():
         mine, before = getattr(learn, key), getattr(recipe.stages[stage.start].learn, key)
         if mine != before:
             raise ValueError(f"{at}.{key}: {mine}, but stage {stage.start} has {before}; adapter continue trains the same LoRA on")

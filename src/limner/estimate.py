@@ -199,7 +199,7 @@ def measure(run: Run, counts: Counts, first: Prompt) -> Costs:
     score = {n: timed(lambda n=n: _ask(run.scorers, n, pixels, first.text)) for n in {*choosing(r), *judging(r)}}  # type: ignore[misc]
     train, parameters = {}, {}
     for name, stage in r.stages.items():
-        adapter = lora.add_lora(pipeline.unet, "estimate", rank=stage.learn.rank, blocks=stage.learn.blocks)
+        adapter = lora.add_lora(pipeline.unet, "estimate", rank=stage.learn.rank, layers=stage.learn.layers, blocks=stage.learn.blocks)
         parameters[name] = sum(p.numel() for p in adapter)
         train[name] = timed(lambda learn=stage.learn: _train_step(pipeline, learn, shape, text))  # type: ignore[misc]
         memory[name] = peak_memory()

@@ -190,6 +190,7 @@ class Learn:
         rank: of the LoRA.
         lora_alpha: 0 = rank.
         adapter: continue: the LoRA of the starting stage is trained on.
+        layers: what gets the LoRA: attention (its linear layers, as in the paper) or all (every linear layer and convolution).
         blocks: which UNet blocks get the LoRA: all, up, down, mid.
         learning_rate: of AdamW, the largest of the schedule.
         lr_scheduler: constant, or cosine to zero at the last step.
@@ -221,6 +222,7 @@ class Learn:
     rank: int = 8
     lora_alpha: int = 0
     adapter: Literal["continue"] = "continue"
+    layers: Literal["attention", "all"] = "attention"
     blocks: list[str] = field(default_factory=lambda: ["all"])
     learning_rate: float = 1e-5
     lr_scheduler: Literal["constant", "cosine"] = "constant"

@@ -1,4 +1,4 @@
-"""LoRA on the attention of a diffusers UNet, through peft: add, switch, scale, copy, merge, save, load.
+"""LoRA on a diffusers UNet, through peft: add, switch, scale, copy, merge, save, load.
 
 One network serves as policy and reference: `adapter_off` gives the base model, `adapter_as` another adapter such as the frozen
 copy of the stage before. peft's own switches also set `requires_grad` and re-enable it on adapters that were frozen (peft issue 3447);
@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -32,19 +33,29 @@ Flags = list[tuple[nn.Parameter, bool]]
 
 
 def add_lora(
-    unet: UNet2DConditionModel, name: str, *, rank: int, alpha: int = 0, blocks: Sequence[str] = ("all",), seed: int = 0
+    unet: UNet2DConditionModel,
+    name: str,
+    *,
+    rank: int,
+    alpha: int = 0,
+    layers: Literal["attention", "all"] = "attention",
+    blocks: Sequence[str] = ("all",),
+    seed: int = 0,
 ) -> list[nn.Parameter]:
-    """Put a LoRA on every linear layer of the self- and cross-attentions (to_q, to_k, to_v, to_out.0) and make it the active adapter.
+    """Put a LoRA on layers of the network and make it the active adapter.
 
     A is normal with deviation 1 / rank, as diffusers' training scripts have it, drawn from a generator of its own; B is zero, so
     the output is unchanged. Everything else in the network is frozen.
 
     Args:
         alpha: the update is alpha / rank * B A; 0 = rank.
+        layers: attention: every linear layer of the self- and cross-attentions (to_q, to_k, to_v, to_out.0), as HG-DPO has it.
+            all: every linear layer and convolution of the blocks.
         blocks: all, down, mid, up.
 
     Returns:
-        Its parameters: A (rank, in) and B (out, rank) a layer, float32 whatever the network computes in.
+        Its parameters, float32 whatever the network computes in: A (rank, in) and B (out, rank) a linear layer,
+        A (rank, in, height, width) and B (out, rank, 1, 1) a convolution.
 
     Raises:
         ValueError: an unknown block, a rank below 1, a name in use, no attention in these blocks. All functions here: no such adapter.
@@ -52,9 +63,10 @@ def add_lora(
     _check_blocks(blocks)
     if rank < 1:
         raise ValueError(f"rank: {rank}; expected at least 1")
-    targets = [n for n in _attention_linears(unet) if _in_blocks(n, blocks)]
+    found = _attention_linears(unet) if layers == "attention" else _block_layers(unet)
+    targets = [n for n in found if _in_blocks(n, blocks)]
     if not targets:
-        raise ValueError(f"blocks: the UNet has no attention in {', '.join(blocks)}")
+        raise ValueError(f"blocks: the UNet has no {'attention' if layers == 'attention' else 'layers'} in {', '.join(blocks)}")
     _inject(unet, name, targets, rank, alpha or rank)
     generator = torch.Generator().manual_seed(seed)
     for key, weight in _named(unet, name).items():
@@ -72,7 +84,7 @@ def adapter_parameters(unet: UNet2DConditionModel, name: str) -> list[nn.Paramet
 
 
 def adapter_state(unet: UNet2DConditionModel, name: str) -> dict[str, Tensor]:
-    """A copy of an adapter's weights, `<layer>.lora_A.weight` (rank, in) and `<layer>.lora_B.weight` (out, rank)."""
+    """A copy of an adapter's weights, `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, shaped as `add_lora` says."""
     return {key: weight.detach().clone() for key, weight in _named(unet, name).items()}
 
 
@@ -239,7 +251,8 @@ def _check_fits(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor], file:
         if weight is None:
             raise ValueError(f"{file}: the LoRA is for another model: {key} has shape {found}, this model has no layer {layer}")
         rank = rank or tensor.shape[0 if down else 1]
-        wanted = (rank, weight.shape[1]) if down else (weight.shape[0], rank)
+        kernel = tuple(weight.shape[2:])  # of a convolution
+        wanted = (rank, weight.shape[1], *kernel) if down else (weight.shape[0], rank, *(1 for _ in kernel))
         if found != wanted:
             raise ValueError(f"{file}: the LoRA is for another model: {key} has shape {found}, this model needs {wanted}")
     if not rank:
@@ -259,8 +272,13 @@ def _inject(unet: UNet2DConditionModel, name: str, targets: list[str], rank: int
 
 
 def _attention_linears(unet: UNet2DConditionModel) -> list[str]:
-    attentions = [(n, m) for n, m in unet.named_modules() if isinstance(m, Attention)]
-    names = [f"{at}.{n}" for at, a in attentions for n, m in a.named_modules() if isinstance(m, nn.Linear | LoraLayer)]
+    attentions = [n for n, m in unet.named_modules() if isinstance(m, Attention)]
+    return [n for n in _block_layers(unet) if any(n.startswith(f"{at}.") for at in attentions)]
+
+
+def _block_layers(unet: UNet2DConditionModel) -> list[str]:
+    """Linear layers and convolutions of the down, mid and up blocks, in the network's order."""
+    names = [n for n, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d | LoraLayer) and "_block" in n.split(".")[0]]
     return [n for n in names if ".lora_" not in n and not n.endswith(".base_layer")]  # inner parts of earlier adapters
 
 

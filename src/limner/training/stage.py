@@ -192,9 +192,8 @@ def train_stage(
         RuntimeError: the loss is not finite; names the groups, nothing was updated.
     """
     unet = pipeline.unet
-    parameters = add_lora(
-        unet, POLICY, rank=learn.rank, alpha=learn.lora_alpha, blocks=learn.blocks, seed=seeds.seed_of(seed, stage, "lora") % 2**31
-    )
+    own = seeds.seed_of(seed, stage, "lora") % 2**31
+    parameters = add_lora(unet, POLICY, rank=learn.rank, alpha=learn.lora_alpha, layers=learn.layers, blocks=learn.blocks, seed=own)
     if start is not None:
         load_adapter_state(unet, POLICY, start)
     reference: Network = lambda: adapter_off(unet)  # noqa: E731
