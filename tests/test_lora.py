@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import Tensor
 
@@ -20,9 +21,11 @@ from limner.models.lora import (
     adapter_state,
     add_lora,
     copy_adapter,
+    fuse_adapter,
     load_adapter_state,
     load_lora,
     merge_adapter,
+    remove_adapters,
     save_lora,
     set_adapter_scale,
 )
@@ -197,6 +200,36 @@ def test_merge_of_one_of_two(unet: UNet) -> None:
     assert torch.allclose(run(unet), tuned, atol=1e-5)  # the copy was inactive and stays so
     assert not any(p.requires_grad for p in unet.parameters())
     assert len(adapter_parameters(unet, "start")) == 64
+
+
+@pytest.mark.parametrize("layers", ["attention", "all"])
+@torch.no_grad()
+def test_fused_draws_the_same_and_the_base_comes_back_bit_for_bit(unet: UNet, layers: Any) -> None:
+    before, weights = run(unet), {k: v.clone() for k, v in unet.state_dict().items()}
+    add_lora(unet, "easy", rank=2, alpha=1, layers=layers)
+    stir(unet, "easy")
+    set_adapter_scale(unet, "easy", 0.5, ["up"])
+    tuned = run(unet)
+    fuse_adapter(unet, "easy")
+    load_adapter_state(unet, "easy", {k: torch.full_like(v, 9.0) for k, v in adapter_state(unet, "easy").items()})  # not asked any more
+    assert torch.allclose(run(unet), tuned, atol=1e-5)
+    assert not torch.allclose(tuned, before, atol=1e-3)
+    remove_adapters(unet)
+    assert torch.equal(run(unet), before)
+    assert all(torch.equal(v, weights[k]) for k, v in unet.state_dict().items())
+
+
+@torch.no_grad()
+def test_half_networks_are_not_fused() -> None:
+    """An update below bf16's resolution of the weights would be lost."""
+    unet = tiny_pipeline().unet.to(torch.bfloat16)
+    weights = {k: v.clone() for k, v in unet.state_dict().items()}
+    add_lora(unet, "easy", rank=2)
+    stir(unet, "easy")
+    fuse_adapter(unet, "easy")
+    names = {k: k.replace(".base_layer", "") for k in unet.state_dict() if ".lora_" not in k}
+    assert all(torch.equal(unet.state_dict()[k], weights[n]) for k, n in names.items())
+    assert {tuple(m.active_adapters) for m in unet.modules() if isinstance(m, LoraLayer)} == {("easy",)}
 
 
 def test_state_of_another_adapter_is_refused(unet: UNet) -> None:

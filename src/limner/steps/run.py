@@ -73,13 +73,14 @@ class Run:
         Raises:
             ValueError: the stage is not trained.
         """
-        from limner.models.lora import load_lora, set_adapter_scale
+        from limner.models.lora import fuse_adapter, load_lora, set_adapter_scale
 
         pipeline = self.fresh()
         if stage in ("", BASE):
             return pipeline, ""
         load_lora(pipeline.unet, self.out / "train" / stage / "adapter", "policy")
         set_adapter_scale(pipeline.unet, "policy", scale, list(blocks))
+        fuse_adapter(pipeline.unet, "policy")
         return pipeline, f"{stage}:{self.identity_of(stage).get('adapter', '')}:{scale:g}:{'+'.join(blocks)}"
 
     def strength(self, stage: str) -> tuple[float, list[str]]:
