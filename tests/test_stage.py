@@ -60,9 +60,8 @@ def undisturbed(pairs: Pairs, tmp_path_factory: pytest.TempPathFactory) -> tuple
 # -- what moves --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("layers", "convolutions"), [("attention", 0), ("all", 31)]
-)  # 16 and 5 shortcuts of 8 resnets, 8 projections of 4 attentions, 2 samplers
+# 16 convolutions and 5 shortcuts of 8 resnets, 8 projections of 4 attentions, 2 samplers
+@pytest.mark.parametrize(("layers", "convolutions"), [("attention", 0), ("all", 31)])
 def test_only_the_adapter_moves(pairs: Pairs, tmp_path: Path, layers: Any, convolutions: int) -> None:
     """All weights of the three networks are bit for bit what they were; every B has left zero."""
     pipeline = fresh()

@@ -58,7 +58,7 @@ def add_lora(
         A (rank, in, height, width) and B (out, rank, 1, 1) a convolution.
 
     Raises:
-        ValueError: an unknown block, a rank below 1, a name in use, no attention in these blocks. All functions here: no such adapter.
+        ValueError: an unknown block, a rank below 1, a name in use, no such layers in these blocks. All functions here: no such adapter.
     """
     _check_blocks(blocks)
     if rank < 1:
@@ -159,8 +159,13 @@ def fuse_adapter(unet: UNet2DConditionModel, name: str) -> None:
         weight = layer.get_base_layer().weight
         if weight.dtype == torch.float32:
             layer.unfused = weight.data
-            weight.data = weight.data + layer.get_delta_weight(name)
+            weight.data = _with_update(layer, name)
             layer.set_adapter([])
+
+
+def _with_update(layer: LoraLayer, name: str) -> Tensor:
+    """A layer's base weights and the adapter's update at the scale that it has now, in float32."""
+    return layer.get_base_layer().weight.data.float() + layer.get_delta_weight(name).float()
 
 
 def remove_adapters(unet: UNet2DConditionModel) -> None:
@@ -180,7 +185,7 @@ def merge_adapter(unet: UNet2DConditionModel, name: str) -> None:
     flags = [(p, p.requires_grad) for p in unet.parameters()]
     for layer in _layers(unet, name).values():
         weight = layer.get_base_layer().weight
-        weight.data.copy_(weight.data.float() + layer.get_delta_weight(name).float())
+        weight.data.copy_(_with_update(layer, name))
         # deleting an active adapter would make peft activate another one
         layer.set_adapter([a for a in layer.active_adapters if a != name])
     if len(unet.peft_config) > 1:
