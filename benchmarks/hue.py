@@ -21,7 +21,7 @@ from limner.evaluation.distances import hue_vectors, mean_hue, signed_turn
 from limner.images import decode_batch
 from limner.records import Image
 from limner.statistics import bootstrap
-from limner.store import read_rows
+from limner.store import is_complete, read_rows
 
 BATCH = 64
 
@@ -29,8 +29,10 @@ BATCH = 64
 def hues(run: Path, split: str, model: str) -> dict[str, NDArray]:
     """The sum of the hue vectors of a prompt's images (2,), by prompt."""
     found: dict[str, NDArray] = {}
-    for folder in (split, f"{split}-diversity"):
-        images = list(read_rows(run / "generate" / folder / model, Image))
+    for folder in (run / "generate" / split / model, run / "generate" / f"{split}-diversity" / model):
+        if not is_complete(folder):
+            raise SystemExit(f"{folder}: not drawn, or not to the end; `limner generate` draws it")
+        images = list(read_rows(folder, Image))
         for start in range(0, len(images), BATCH):
             part = images[start : start + BATCH]
             for image, vector in zip(part, hue_vectors(decode_batch([i.image for i in part]))):

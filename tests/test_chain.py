@@ -60,7 +60,7 @@ def test_a_single_file_checkpoint_through_the_whole_chain(tmp_path):
     assert (tmp_path / "single/report.html").is_file()
     card = (tmp_path / "single/train/hard/adapter/README.md").read_text()
     assert 'from_single_file("person.safetensors")' in card
-    assert "pipe.set_adapters(\"hard\", {'unet': {'down': 0.0, 'mid': 0.0, 'up': 0.5}})" in card
+    assert """layer.set_scale("hard", 0.5 if name.startswith(('up_block',)) else 0.0)""" in card
     metrics = json.loads((tmp_path / "single/metrics.json").read_text())
     assert f"| judge | {metrics['models']['base']['judge']['value']:.4g} [" in card
     assert load_lora(load_pipeline(str(tmp_path / "model"), device="cpu").unet, tmp_path / "single/train/hard/adapter", "x")

@@ -51,10 +51,46 @@ def test_images_for_diversity_are_drawn_where_something_measures_it(tmp_path: Pa
     assert {line.step: line for line in plan(run, Counts(6, 6, 16, 16))}["generate"].images == 6 * 4
 
 
+def costs_of(beside: float, folds: bool) -> Costs:
+    stages = ("easy", "normal", "hard")
+    return Costs(1.0, dict.fromkeys(stages, beside), folds, dict.fromkeys(stages, 5.0), 0.5, {"picker": 0.1, "judge": 0.2}, 1, 1, 1,
+                 {"sample": 1.0}, dict.fromkeys(stages, 1))  # fmt: skip
+
+
+def test_drawing_beside_an_adapter_takes_longer_unless_it_is_in_the_weights(tmp_path: Path) -> None:
+    """Calls of 1 s without and 1.5 s beside an adapter. Generated are base and three stages: a quarter of 96 calls at 1 s."""
+    more = [
+        "--stages.hard.winner.from=pool",
+        "--stages.hard.winner.model=easy",
+        "--stages.hard.winner.pick=best",
+        "--stages.hard.winner.by=picker",
+    ]
+    run = Run(load_recipe(write_recipe(tmp_path), more))
+    lines = plan(run, Counts(6, 6, 16, 16))
+    for folds, each, mean in ((True, 1.0, 1.0), (False, 1.5, (1 + 3 * 1.5) / 4)):
+        seconds = {line.step: line.seconds for line in priced(run, lines, costs_of(beside=1.5, folds=folds))}
+        assert seconds["pool"] == 72 + 18 * 0.5
+        assert seconds["pool-easy"] == 72 * each + 18 * 0.5
+        assert seconds["generate"] == 96 * mean + 24 * 0.5
+
+
+def test_what_a_step_costs_is_measured_with_its_own_adapter(tmp_path: Path) -> None:
+    """On all layers it has more weights; what is measured leaves the model as it was."""
+    found = []
+    for layers in ("attention", "all"):
+        more = [f"--stages.{s}.learn.layers={layers}" for s in ("easy", "normal", "hard")] + ["--stages.hard.learn.reference=start"]
+        run = Run(load_recipe(write_recipe(tmp_path), more))
+        costs = measure(run, *check_inputs(run))
+        found.append(costs.parameters["hard"])
+    assert costs.folds
+    assert found[1] > 2 * found[0]
+    assert costs.beside.keys() == costs.train.keys() == {"easy", "normal", "hard"}
+    assert not hasattr(run.pipeline.unet, "peft_config")
+
+
 def test_grids_of_samples_take_time(tmp_path: Path) -> None:
     """Two steps of 5 s, a grid after each, or one at the end: 3 or 2 rows of 8 pictures, each of 2 steps with guidance."""
-    costs = Costs(1.0, {"easy": 5.0, "normal": 5.0, "hard": 5.0}, 0.5, {"picker": 0.1, "judge": 0.2}, 1, 1, 1, {"sample": 1.0},
-                  {"easy": 1, "normal": 1, "hard": 1})  # fmt: skip
+    costs = costs_of(beside=1.0, folds=True)
     seconds = []
     for steps in (0, 1, 5):
         run = Run(load_recipe(write_recipe(tmp_path), [f"--stages.easy.learn.sample_steps={steps}"]))

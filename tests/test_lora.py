@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from limner.models.card import add_evaluation, write_card
@@ -138,8 +139,9 @@ def test_switches_are_as_before_after_use_and_after_an_exception(unet: UNet) -> 
     assert switches(unet) == before
 
 
-def test_frozen_copy_is_a_reference_that_does_not_move(unet: UNet) -> None:
-    parameters = add_lora(unet, "learner", rank=2, alpha=1)
+@pytest.mark.parametrize("layers", ["attention", "all"])
+def test_frozen_copy_is_a_reference_that_does_not_move(unet: UNet, layers: Any) -> None:
+    parameters = add_lora(unet, "learner", rank=2, alpha=1, layers=layers)
     stir(unet, "learner")
     copy_adapter(unet, "learner", "start")
     with torch.no_grad():
@@ -220,6 +222,23 @@ def test_fused_draws_the_same_and_the_base_comes_back_bit_for_bit(unet: UNet, la
 
 
 @torch.no_grad()
+def test_one_adapter_is_fused_at_a_time_and_others_go_on(unet: UNet) -> None:
+    add_lora(unet, "a", rank=2)
+    stir(unet, "a")
+    add_lora(unet, "b", rank=2)
+    stir(unet, "b")
+    alone = run(unet)
+    for layer in (m for m in unet.modules() if isinstance(m, LoraLayer)):
+        layer.set_adapter(["a", "b"])
+    both = run(unet)
+    fuse_adapter(unet, "a")
+    assert torch.allclose(run(unet), both, atol=1e-3)
+    assert not torch.allclose(run(unet), alone, atol=1e-1)
+    with pytest.raises(ValueError, match="'b': one is fused already"):
+        fuse_adapter(unet, "b")
+
+
+@torch.no_grad()
 def test_half_networks_are_not_fused() -> None:
     """An update below bf16's resolution of the weights would be lost."""
     unet = tiny_pipeline().unet.to(torch.bfloat16)
@@ -295,6 +314,9 @@ def test_lora_of_another_model_is_refused(tmp_path: Path, unet: UNet) -> None:
     save_lora(tmp_path, deep, "learner", metadata={})
     with pytest.raises(ValueError, match=r"another model: .* this model has no layer down_blocks\.1"):
         load_lora(unet, tmp_path, "x")
+    save_file({"unet.conv_norm_out.lora_A.weight": torch.zeros(4, 8)}, tmp_path / "norm.safetensors")  # no layer that can have one
+    with pytest.raises(ValueError, match=r"another model: .* this model has no layer conv_norm_out"):
+        load_lora(unet, tmp_path / "norm.safetensors", "x")
 
 
 def test_unreadable_lora_files(tmp_path: Path, unet: UNet) -> None:
@@ -325,8 +347,9 @@ def test_model_card(tmp_path: Path) -> None:
         tmp_path / "out", base_model="acme/sd", command=command, recipe_yaml=recipe, stage="easy", samples=tmp_path / "grid.png",
         license="apache-2.0",
     )  # fmt: skip
-    add_evaluation(path, {"base": {"judge": {"value": 0.1}}})
-    add_evaluation(path, metrics)  # takes the place of the first
+    add_evaluation(path, {"base": {"judge": {"value": 0.1}}}, stage="easy", scale=0.5, blocks=["up"])
+    assert ".set_scale" in path.read_text()
+    add_evaluation(path, metrics, stage="easy")  # takes the place of the first
     card = ModelCard.load(path)
     assert card.data.to_dict() == {
         "base_model": "acme/sd", "library_name": "diffusers", "license": "apache-2.0", "tags": ["text-to-image", "lora", "dpo", "hg-dpo"],
@@ -336,7 +359,8 @@ def test_model_card(tmp_path: Path) -> None:
     table = "| metric | base | easy |\n| --- | --- | --- |\n| judge | 0.5 | 0.6123 [0.58, 0.64] |\n| defect_rate | – | 0.1 |\n"
     assert table in card.text
     assert card.text.count("## Evaluation") == card.text.count("## Training") == 1
-    assert "set_adapters" not in card.text
+    assert "set_adapters" not in card.text and "set_scale" not in card.text  # at full strength nothing need be set
+    assert 'adapter_name="easy")\nimage = pipe(' in card.text
     assert "![samples](samples.png)" in card.text
     assert (tmp_path / "out/samples.png").is_file()
     assert "diffusers 0." in card.text
@@ -346,20 +370,27 @@ def test_model_card(tmp_path: Path) -> None:
     assert "samples" not in local
 
 
-@pytest.mark.parametrize(("scale", "blocks"), [(0.5, ["all"]), (0.5, ["up", "mid"])])
+@pytest.mark.parametrize("layers", ["attention", "all"])
+@pytest.mark.parametrize("evaluated", [False, True])
+@pytest.mark.parametrize(("scale", "blocks"), [(0.5, ["all"]), (0.5, ["up", "mid"]), (0.7, ["up"])])
 @torch.no_grad()
-def test_the_card_says_how_to_use_the_adapter_as_it_was_evaluated(tmp_path: Path, scale: float, blocks: list[str]) -> None:
-    """Its lines, run on another copy of the model, give what the adapter gave at that strength."""
-    pipe = tiny_pipeline()
+def test_the_card_says_how_to_use_the_adapter_as_it_was_evaluated(
+    tmp_path: Path, scale: float, blocks: list[str], evaluated: bool, layers: Any
+) -> None:
+    """Its lines, run on another copy of the model, give what the adapter gave at that strength, be it set when the card was or later."""
+    pipe = tiny_pipeline()  # one block down and one up have no attentions
     untouched = copy.deepcopy(pipe)
-    add_lora(pipe.unet, "learner", rank=4, alpha=2)
+    add_lora(pipe.unet, "learner", rank=4, alpha=2, layers=layers)
     stir(pipe.unet, "learner")
     save_lora(tmp_path, pipe.unet, "learner", metadata={})
     set_adapter_scale(pipe.unet, "learner", scale, blocks)
-    card = write_card(tmp_path, base_model="acme/sd", scale=scale, blocks=blocks, command="c", recipe_yaml="a: 1", stage="hard").read_text()
-    lines = [line for line in card.splitlines() if line.startswith(("pipe.load_lora_weights", "pipe.set_adapters"))]
-    exec("\n".join(lines).replace("path/to/this/folder", str(tmp_path)), {"pipe": untouched})
-    assert len(lines) == 2
+    first: dict[str, Any] = {} if evaluated else {"scale": scale, "blocks": blocks}
+    card = write_card(tmp_path, base_model="acme/sd", command="c", recipe_yaml="a: 1", stage="hard", **first)
+    if evaluated:
+        add_evaluation(card, {}, stage="hard", scale=scale, blocks=blocks)
+    code = card.read_text().partition("pipe.load_lora_weights")
+    lines = (code[1] + code[2].partition("image = ")[0]).replace("path/to/this/folder", str(tmp_path))
+    exec(lines, {"pipe": untouched})
     assert (run(untouched.unet) - run(pipe.unet)).abs().max() < 1e-6
 
 

@@ -55,10 +55,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Costs:
-    """Measured: seconds of a sample's call by kind, of a decoded and encoded image, bytes of an image file, of latents and of a caption's
-    text states, MB by kind."""
+    """Measured: seconds of a sample's call without adapter and beside each stage's, of a stage's micro-batch, of a decoded and encoded
+    image, of a score; bytes of an image file, of latents and of a caption's text states; MB by kind. `folds`: models draw with the adapter
+    in the weights."""
 
     call: float
+    beside: dict[str, float]
+    folds: bool
     train: dict[str, float]
     image: float
     score: dict[str, float]
@@ -180,7 +183,7 @@ def measure(run: Run, counts: Counts, first: Prompt) -> Costs:
 
     from limner.images import decode, encode_png, fit_to, to_tensor
     from limner.models import lora
-    from limner.training.stage import peak_memory
+    from limner.training.stage import POLICY, START, peak_memory
 
     r, pipeline = run.recipe, run.pipeline
     shape = pipeline.latent_shape(counts.height, counts.width)
@@ -188,26 +191,32 @@ def measure(run: Run, counts: Counts, first: Prompt) -> Costs:
     branches = branches_of(r)
     size = r.sampler.batch_size * branches
     memory: dict[str, float] = {}
+    noisy = torch.randn(size, *shape, device=pipeline.device)
+    denoise = lambda: pipeline.predict(noisy, torch.tensor(500, device=pipeline.device), text.expand(size, -1, -1))  # noqa: E731
     with torch.no_grad():
-        noisy = torch.randn(size, *shape, device=pipeline.device)
-        call = timed(lambda: pipeline.predict(noisy, torch.tensor(500, device=pipeline.device), text.expand(size, -1, -1))) / size
+        call = timed(denoise) / size
         memory["sample"] = peak_memory()
         image = timed(lambda: encode_png(pipeline.decode_latents(noisy[:1])[0].cpu()))
         pixels = pipeline.decode_latents(noisy[:1]).cpu()
     if first.image is not None:  # a photo tells more of file sizes than an unfinished picture
         pixels = to_tensor(fit_to(decode(first.image), counts.width, counts.height, "center"))[None]
     score = {n: timed(lambda n=n: _ask(run.scorers, n, pixels, first.text)) for n in {*choosing(r), *judging(r)}}  # type: ignore[misc]
-    train, parameters = {}, {}
+    train, beside, parameters = {}, {}, {}
     for name, stage in r.stages.items():
-        adapter = lora.add_lora(pipeline.unet, "estimate", rank=stage.learn.rank, layers=stage.learn.layers, blocks=stage.learn.blocks)
+        adapter = lora.add_lora(pipeline.unet, POLICY, rank=stage.learn.rank, layers=stage.learn.layers, blocks=stage.learn.blocks)
         parameters[name] = sum(p.numel() for p in adapter)
+        with torch.no_grad():
+            beside[name] = timed(denoise) / size
+        if stage.learn.reference == "start":
+            lora.copy_adapter(pipeline.unet, POLICY, START)
         train[name] = timed(lambda learn=stage.learn: _train_step(pipeline, learn, shape, text))  # type: ignore[misc]
         memory[name] = peak_memory()
         lora.remove_adapters(pipeline.unet)
         pipeline.unet.disable_gradient_checkpointing()
     elements = shape[0] * shape[1] * shape[2]
     states = text.element_size() * text[0].numel()
-    return Costs(call, train, image, score, len(encode_png(pixels[0])), 4 * elements, states, memory, parameters)
+    folds = pipeline.dtype == torch.float32
+    return Costs(call, beside, folds, train, image, score, len(encode_png(pixels[0])), 4 * elements, states, memory, parameters)
 
 
 def _ask(scorers: dict[str, Scorer], name: str, pixels: Tensor, text: str) -> None:
@@ -222,9 +231,10 @@ def _train_step(pipeline: Pipeline, learn: Learn, shape: tuple[int, ...], text: 
     """Forward of the reference, forward and backward of the policy, for a micro-batch."""
     import torch
 
-    from limner.models.lora import adapter_off
+    from limner.models.lora import adapter_as, adapter_off
     from limner.training.errors import Batch
     from limner.training.errors import measure as errors_of
+    from limner.training.stage import START
 
     if learn.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
@@ -235,7 +245,8 @@ def _train_step(pipeline: Pipeline, learn: Learn, shape: tuple[int, ...], text: 
     batch = Batch(draw(), draw() if learn.loss == "dpo" else None, text.expand(n, -1, -1), draw(), t, [])
     with torch.autocast(device.type, pipeline.dtype, enabled=pipeline.dtype != torch.float32):
         off = lambda: adapter_off(pipeline.unet)  # noqa: E731
-        errors = errors_of(pipeline, batch, off, off if learn.needs_base else None)
+        start = lambda: adapter_as(pipeline.unet, START)  # noqa: E731
+        errors = errors_of(pipeline, batch, start if learn.reference == "start" else off, off if learn.needs_base else None)
     value = errors.winner.mean() - (errors.loser.mean() if errors.loser is not None else 0.0)
     value.backward()
     pipeline.unet.zero_grad(set_to_none=True)
@@ -260,7 +271,7 @@ def priced(run: Run, lines: Sequence[Line], costs: Costs) -> list[Line]:
             disk = weights * (3 * learn.checkpoints_total_limit + 2)
             # one is also drawn at the last step; the first has the base's row as well
             grids = 1 + math.ceil(learn.max_train_steps / learn.sample_steps) if learn.sample_steps else 0
-            drawn = GRID * grids * (sampling_steps(r) * branches * costs.call + costs.image)
+            drawn = GRID * grids * (sampling_steps(r) * branches * costs.beside[name] + costs.image)
             result.append(replace(line, seconds=micro * costs.train[name] + drawn, memory=memory, disk=disk))
         elif kind in ("score", "evaluate"):
             each = sum(costs.score[n] for n in (choosing if kind == "score" else judging)(r))
@@ -271,7 +282,9 @@ def priced(run: Run, lines: Sequence[Line], costs: Costs) -> list[Line]:
                 n = r.pool.images_per_prompt
                 selected = len(selectable(r.stages, run.pools[kind]))
                 latents = line.images // n * {"all": n, "none": 0, "selected": selected}[r.pool.keep_latents]
-            seconds = line.calls * costs.call + line.images * costs.image
+            models = ["", *run.compared] if kind == "generate" else [kind.partition("-")[2]]
+            calls = [costs.call if costs.folds else costs.beside.get(m, costs.call) for m in models]
+            seconds = line.calls * sum(calls) / len(calls) + line.images * costs.image
             result.append(replace(line, seconds=seconds, memory=memory, disk=line.images * costs.png + latents * costs.latents))
     return result
 

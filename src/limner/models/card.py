@@ -29,10 +29,7 @@ from diffusers import StableDiffusionPipeline
 
 pipe = StableDiffusionPipeline.{{ loads }}("{{ path }}")
 pipe.load_lora_weights("path/to/this/folder", adapter_name="{{ stage }}")
-{%- if strength %}
-pipe.set_adapters("{{ stage }}", {{ strength }})  # as it was evaluated
-{%- endif %}
-image = pipe("a photo of a person").images[0]
+{{ strength }}image = pipe("a photo of a person").images[0]
 ```
 {% if tuned %}
 The base model is the one that stage `base` of the same run made of `{{ tuned }}`: `train/base/model` below the run's folder.
@@ -56,6 +53,7 @@ Versions: {% for name, version in versions.items() %}{{ name }} {{ version }}{{ 
 
 
 EVALUATION, TRAINING = "\n## Evaluation\n\n", "\n## Training\n"  # headings between which the table stands
+LOADED, DRAWN = 'pipe.load_lora_weights("path/to/this/folder", adapter_name="{stage}")\n', "image = pipe("  # between them the strength
 
 
 def write_card(
@@ -97,7 +95,7 @@ def write_card(
         path="train/base/model" if tuned else shown,
         loads="from_pretrained" if tuned or not shown.endswith(SINGLE_FILES) else "from_single_file",
         tuned=shown if tuned else "",
-        strength=_strength(scale, blocks),
+        strength=_strength(stage, scale, blocks),
         stage=stage,
         samples=_beside(folder, samples) if samples else "",
         command=command.strip(),
@@ -109,12 +107,15 @@ def write_card(
     return path
 
 
-def add_evaluation(card: Path, metrics: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put how models did into a card that `write_card` wrote, in place of what was there.
+def add_evaluation(
+    card: Path, metrics: Mapping[str, Mapping[str, Any]], *, stage: str, scale: float = 1.0, blocks: Sequence[str] = ("all",)
+) -> None:
+    """Put how models did, and at which strength, into a card that `write_card` wrote, in place of what was there.
 
     Args:
         card: the README.md.
         metrics: the `models` part of metrics.json, or some of it: {model: {metric: {"value", "low", "high", "n"}}}, or plain numbers.
+        scale, blocks: as in `write_card`: they are chosen after training, and may have changed since.
     """
     every = dict.fromkeys(metric for of_model in metrics.values() for metric in of_model)
     lines = [
@@ -125,14 +126,26 @@ def add_evaluation(card: Path, metrics: Mapping[str, Mapping[str, Any]]) -> None
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     before, _, training = card.read_text().rpartition(TRAINING)
     before = before.partition(EVALUATION)[0]
+    use, loaded, rest = before.partition(LOADED.format(stage=stage))
+    _, drawn, after = rest.partition(DRAWN)
+    if drawn:  # else someone wrote it anew
+        before = use + loaded + _strength(stage, scale, blocks) + drawn + after
     write_atomic(card, f"{before}{EVALUATION}{table}\n\nIn brackets: the confidence interval.\n{TRAINING}{training}")
 
 
-def _strength(scale: float, blocks: Sequence[str]) -> str:
-    """What `set_adapters` of diffusers takes; "" where nothing need be set."""
+def _strength(stage: str, scale: float, blocks: Sequence[str]) -> str:
+    """Lines that set the strength; "" where nothing need be set.
+
+    diffusers' `set_adapters` knows parts of a UNet too, but leaves layers of blocks without attentions at full strength.
+    """
     if "all" in blocks:
-        return "" if scale == 1 else f"{scale:g}"
-    return repr({"unet": {part: scale if part in blocks else 0.0 for part in ("down", "mid", "up")}})
+        return "" if scale == 1 else f'pipe.set_adapters("{stage}", {scale:g})  # as it was evaluated\n'
+    acting = tuple(f"{part}_block" for part in ("down", "mid", "up") if part in blocks)
+    return (
+        f"for name, layer in pipe.unet.named_modules():  # as it was evaluated: in the {' and '.join(blocks)} blocks only\n"
+        '    if hasattr(layer, "set_scale"):\n'
+        f'        layer.set_scale("{stage}", {scale:g} if name.startswith({acting!r}) else 0.0)\n'
+    )
 
 
 def _cell(value: Any) -> str:

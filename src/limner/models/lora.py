@@ -154,13 +154,20 @@ def fuse_adapter(unet: UNet2DConditionModel, name: str) -> None:
     """Draw faster: base weights take up the adapter at the scale that it has now, until `remove_adapters` puts them back bit for bit.
 
     Only where the network computes in float32: half precision would round small updates away, and goes on with the adapter beside it.
+    Until then `adapter_off` is the base with the adapter. The weights proper wait in main memory.
+
+    Raises:
+        ValueError: an adapter is fused already.
     """
-    for layer in _layers(unet, name).values():
+    layers = _layers(unet, name).values()
+    if any(hasattr(m, "unfused") for m in unet.modules()):
+        raise ValueError(f"adapter {name!r}: one is fused already; remove_adapters first")
+    for layer in layers:
         weight = layer.get_base_layer().weight
         if weight.dtype == torch.float32:
-            layer.unfused = weight.data
-            weight.data = _with_update(layer, name)
-            layer.set_adapter([])
+            if layer.scaling[name]:
+                layer.unfused, weight.data = weight.data.cpu(), _with_update(layer, name)
+            _deactivate(layer, name)
 
 
 def _with_update(layer: LoraLayer, name: str) -> Tensor:
@@ -168,10 +175,15 @@ def _with_update(layer: LoraLayer, name: str) -> Tensor:
     return layer.get_base_layer().weight.data.float() + layer.get_delta_weight(name).float()
 
 
+def _deactivate(layer: LoraLayer, name: str) -> None:
+    layer.set_adapter([a for a in layer.active_adapters if a != name])
+
+
 def remove_adapters(unet: UNet2DConditionModel) -> None:
     """Take every adapter off for good; the network is what it was before any."""
     for layer in (m for m in unet.modules() if isinstance(m, LoraLayer) and hasattr(m, "unfused")):
-        layer.get_base_layer().weight.data = layer.unfused
+        weight = layer.get_base_layer().weight
+        weight.data = layer.unfused.to(weight.device)
     if getattr(unet, "peft_config", None):
         unet.unload_lora()
     unet.requires_grad_(False)
@@ -186,8 +198,7 @@ def merge_adapter(unet: UNet2DConditionModel, name: str) -> None:
     for layer in _layers(unet, name).values():
         weight = layer.get_base_layer().weight
         weight.data.copy_(_with_update(layer, name))
-        # deleting an active adapter would make peft activate another one
-        layer.set_adapter([a for a in layer.active_adapters if a != name])
+        _deactivate(layer, name)  # deleting an active adapter would make peft activate another one
     if len(unet.peft_config) > 1:
         unet.delete_adapters(name)
     else:
@@ -268,7 +279,7 @@ def _check_fits(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor], file:
             raise ValueError(f"{file}: {key} is not a LoRA weight of a UNet in diffusers' naming (unet.<layer>.lora_A.weight)")
         found, down = tuple(tensor.shape), side == "A.weight"
         weight = getattr(modules.get(layer), "weight", None)
-        if weight is None:
+        if weight is None or weight.ndim < 2:
             raise ValueError(f"{file}: the LoRA is for another model: {key} has shape {found}, this model has no layer {layer}")
         rank = rank or tensor.shape[0 if down else 1]
         kernel = tuple(weight.shape[2:])  # of a convolution

@@ -153,6 +153,7 @@ def report(run: Run) -> None:
     for stage in run.compared:
         card = run.out / "train" / stage / "adapter/README.md"
         if stage in metrics["models"] and card.is_file():
-            add_evaluation(card, {m: metrics["models"][m] for m in ("base", stage)})
+            scale, blocks = run.strength(stage)
+            add_evaluation(card, {m: metrics["models"][m] for m in ("base", stage)}, stage=stage, scale=scale, blocks=blocks)
     print_table(metrics)
     print(f"wrote {run.out / 'report.html'} and {run.out / 'metrics.json'}")

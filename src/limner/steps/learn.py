@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limner.config import dump, to_dict
-from limner.recipe import BASE
+from limner.recipe import BASE, Learn
 from limner.steps.make import prompts
 from limner.steps.processes import make_accelerator
 from limner.steps.run import Run, load_model
@@ -34,7 +34,7 @@ def train(run: Run, name: str) -> None:
     identity = _stage_identity(run, name)
     if _trained(run, name):
         return
-    _refuse_other(run, folder, identity)
+    _refuse_other(run, name, identity)
     accelerator = make_accelerator()
     main = accelerator is None or accelerator.is_main_process  # the one process that writes
     pipeline = run.fresh(tuning=name == BASE)
@@ -110,13 +110,10 @@ def _save_tuned_base(run: Run) -> None:
 def _stage_identity(run: Run, name: str) -> dict[str, Any]:
     """What decides a stage's weights."""
     stage = run.recipe.stages[name]
-    learn = to_dict(stage.learn)
-    for key in ("checkpointing_steps", "checkpoints_total_limit", "sample_steps", "gradient_checkpointing"):
-        learn.pop(key)  # do not change the result
     started = run.identity_of(stage.start).get("adapter", "") if stage.start else ""
     tuned = {"base": run.identity_of(BASE).get("adapter", "")} if name != BASE and BASE in run.recipe.stages else {}
     return tuned | {
-        "learn": learn,
+        "learn": _deciding(stage.learn),
         "start": started,
         "examples": input_hash(run.out / "examples" / name),
         "seed": run.recipe.seed,
@@ -125,18 +122,29 @@ def _stage_identity(run: Run, name: str) -> dict[str, Any]:
     }
 
 
-def _trained(run: Run, name: str) -> bool:
+def _deciding(learn: Learn) -> dict[str, Any]:
+    """The options that change the result."""
+    without = ("checkpointing_steps", "checkpoints_total_limit", "sample_steps", "gradient_checkpointing")
+    return {k: v for k, v in to_dict(learn).items() if k not in without}
+
+
+def _found_identity(run: Run, name: str) -> dict[str, Any]:
+    """What decided a stage's weights. An option that is younger than they are has its default, which does what was done before."""
     found = run.identity_of(name)
+    return found | {"learn": _deciding(Learn()) | found["learn"]} if found else {}
+
+
+def _trained(run: Run, name: str) -> bool:
+    found = _found_identity(run, name)
     return "adapter" in found and {k: v for k, v in found.items() if k != "adapter"} == json.loads(json.dumps(_stage_identity(run, name)))
 
 
-def _refuse_other(run: Run, folder: Path, identity: dict[str, Any]) -> None:
+def _refuse_other(run: Run, name: str, identity: dict[str, Any]) -> None:
     """A folder of another configuration is an error, not something to overwrite; one without a checkpoint takes any."""
     from limner import checkpoint
 
-    path = folder / "identity.json"
-    if path.is_file():
-        found = json.loads(path.read_text())
+    folder = run.out / "train" / name
+    if found := _found_identity(run, name):
         trained = found.pop("adapter", None) or checkpoint.latest(folder)
         wanted = json.loads(json.dumps(identity))
         if trained and found != wanted:
