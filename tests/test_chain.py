@@ -10,7 +10,7 @@ import pytest
 
 from chain import photo_folder, write_recipe
 from limner.cli import main
-from limner.models.lora import load_lora
+from limner.models.lora_file import load_lora
 from limner.models.stable_diffusion import load_pipeline
 from limner.recipe import load_recipe
 from limner.records import Example, Image, Prompt

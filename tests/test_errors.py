@@ -18,7 +18,8 @@ import torch
 
 from chain import write_recipe
 from limner.cli import main
-from limner.models.lora import add_lora, save_lora
+from limner.models.lora import add_lora
+from limner.models.lora_file import save_lora
 from limner.models.stable_diffusion import wrap
 from tiny import tiny_pipeline
 

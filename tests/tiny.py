@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from limner.models.lora import adapter_state, load_adapter_state
+
 LENGTH = 16  # tokens a text
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
@@ -176,3 +178,16 @@ def _vae_name(key: str, blocks: int) -> str:
             return f"{side}.up.{blocks - 1 - int(i)}.upsample.{'.'.join(rest)}"
         case parts:
             return ".".join(parts)
+
+
+def predict(unet: nn.Module) -> Tensor:
+    """What the UNet of `tiny_pipeline` says of two noisy latents, always the same ones."""
+    g = torch.Generator().manual_seed(5)
+    noisy, text = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 16, 16, generator=g)
+    return unet(noisy, torch.tensor([10, 900]), text, return_dict=False)[0]
+
+
+def stir(unet: nn.Module, name: str) -> None:
+    """An adapter's B away from zero, as after training."""
+    g = torch.Generator().manual_seed(1)
+    load_adapter_state(unet, name, {k: torch.randn(v.shape, generator=g) / 2 for k, v in adapter_state(unet, name).items()})

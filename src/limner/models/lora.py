@@ -1,4 +1,4 @@
-"""LoRA on a diffusers UNet, through peft: add, switch, scale, copy, merge, save, load.
+"""LoRA on a diffusers UNet, through peft: add, switch, scale, copy, fold into the weights, merge.
 
 One network serves as policy and reference: `adapter_off` gives the base model, `adapter_as` another adapter such as the frozen
 copy of the stage before. peft's own switches also set `requires_grad` and re-enable it on adapters that were frozen (peft issue 3447);
@@ -8,27 +8,20 @@ backward pass runs the forward again, with whatever is switched on then.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Literal
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.models.attention_processor import Attention
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from limner.recipe import BLOCKS
-from limner.store import write_atomic
 
-WEIGHTS, KOHYA = "pytorch_lora_weights.safetensors", "kohya.safetensors"
 Flags = list[tuple[nn.Parameter, bool]]
 
 
@@ -67,7 +60,7 @@ def add_lora(
     targets = [n for n in found if _in_blocks(n, blocks)]
     if not targets:
         raise ValueError(f"blocks: the UNet has no {'attention' if layers == 'attention' else 'layers'} in {', '.join(blocks)}")
-    _inject(unet, name, targets, rank, alpha or rank)
+    inject(unet, name, targets, rank, alpha or rank)
     generator = torch.Generator().manual_seed(seed)
     for key, weight in _named(unet, name).items():
         weight.data.copy_(torch.randn(weight.shape, generator=generator) / rank if ".lora_A." in key else torch.zeros(weight.shape))
@@ -118,7 +111,7 @@ def adapter_off(unet: UNet2DConditionModel) -> Iterator[None]:
 @contextmanager
 def adapter_as(unet: UNet2DConditionModel, name: str) -> Iterator[None]:
     """Only the adapter `name` acts inside the block."""
-    _layers(unet, name)
+    layers_of(unet, name)
     with _kept(unet) as (layers, flags):
         for layer in layers:
             layer.set_adapter([name])
@@ -133,16 +126,16 @@ def set_adapter_scale(unet: UNet2DConditionModel, name: str, scale: float, block
     HG-DPO generates with scale 0.5, and for the hard stage in the up blocks only. It stays until set again; weights are not changed.
     """
     _check_blocks(blocks)
-    for n, layer in _layers(unet, name).items():
+    for n, layer in layers_of(unet, name).items():
         layer.set_scale(name, scale if _in_blocks(n, blocks) else 0.0)
 
 
 def copy_adapter(unet: UNet2DConditionModel, source: str, target: str) -> None:
     """Make a frozen, inactive copy of an adapter, e.g. as the reference while `source` is trained on."""
-    layers = _layers(unet, source)
+    layers = layers_of(unet, source)
     first = next(iter(layers.values()))
     with _kept(unet):
-        _inject(unet, target, list(layers), first.r[source], first.lora_alpha[source])
+        inject(unet, target, list(layers), first.r[source], first.lora_alpha[source])
     load_adapter_state(unet, target, adapter_state(unet, source))
     for layer in layers.values():
         layer.scaling[target] = layer.scaling[source]
@@ -159,7 +152,7 @@ def fuse_adapter(unet: UNet2DConditionModel, name: str) -> None:
     Raises:
         ValueError: an adapter is fused already.
     """
-    layers = _layers(unet, name).values()
+    layers = layers_of(unet, name).values()
     if any(hasattr(m, "unfused") for m in unet.modules()):
         raise ValueError(f"adapter {name!r}: one is fused already; remove_adapters first")
     for layer in layers:
@@ -195,7 +188,7 @@ def merge_adapter(unet: UNet2DConditionModel, name: str) -> None:
     The sum is made in float32 and rounded to the base weights' type.
     """
     flags = [(p, p.requires_grad) for p in unet.parameters()]
-    for layer in _layers(unet, name).values():
+    for layer in layers_of(unet, name).values():
         weight = layer.get_base_layer().weight
         weight.data.copy_(_with_update(layer, name))
         _deactivate(layer, name)  # deleting an active adapter would make peft activate another one
@@ -206,92 +199,7 @@ def merge_adapter(unet: UNet2DConditionModel, name: str) -> None:
     _restore_flags(flags)
 
 
-def save_lora(folder: Path, unet: UNet2DConditionModel, name: str, *, metadata: Mapping[str, str]) -> None:
-    """Write the adapter for others, at its trained strength, in the two namings in use; each file is there whole or not at all.
-
-    `pytorch_lora_weights.safetensors` is what `pipe.load_lora_weights(folder)` reads; alpha lies in its header, which diffusers
-    reads since 0.35 (older ones take alpha = rank). `kohya.safetensors` is for ComfyUI and other programs, and for
-    `pipe.load_lora_weights(folder, weight_name="kohya.safetensors")`.
-
-    Args:
-        metadata: goes into the headers of both.
-    """
-    layers = _layers(unet, name)
-    first = next(iter(layers.values()))
-    rank, alpha = first.r[name], first.lora_alpha[name]
-    state = {k: v.float().cpu().contiguous() for k, v in adapter_state(unet, name).items()}
-    config = {"unet.r": rank, "unet.lora_alpha": alpha, "unet.target_modules": sorted(layers)}
-    header = {**metadata, "format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(config, sort_keys=True)}
-    write_atomic(folder / WEIGHTS, _file_bytes({f"unet.{k}": v for k, v in state.items()}, header))
-    kohya: dict[str, Tensor] = {}
-    for n in layers:
-        key = f"lora_unet_{n.replace('.', '_')}"
-        kohya[f"{key}.lora_down.weight"] = state[f"{n}.lora_A.weight"]
-        kohya[f"{key}.lora_up.weight"] = state[f"{n}.lora_B.weight"]
-        kohya[f"{key}.alpha"] = torch.tensor(float(alpha))
-    header = {**metadata, "ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(float(alpha))}
-    write_atomic(folder / KOHYA, _file_bytes(kohya, header))
-
-
-def _file_bytes(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bytes:
-    """A safetensors file with sorted metadata: the library writes it in a random order, and equal weights should give equal bytes."""
-    data = save(dict(tensors), dict(header))
-    size = int.from_bytes(data[:8], "little")
-    fields = json.loads(data[8 : 8 + size])
-    text = json.dumps({**fields, "__metadata__": dict(sorted(header.items()))}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
-    return len(text).to_bytes(8, "little") + text + data[8 + size :]
-
-
-def load_lora(unet: UNet2DConditionModel, path: Path, name: str) -> list[nn.Parameter]:
-    """Read `pytorch_lora_weights.safetensors` (the file, or its folder) into a new adapter, active and frozen.
-
-    To train it on, set `requires_grad_(True)` on what is returned.
-
-    Raises:
-        ValueError: no such file, damaged, not a UNet LoRA, or made for another model (with the first key that differs).
-    """
-    file = path / WEIGHTS if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"{path}: no {WEIGHTS} there")
-    try:
-        with safe_open(file, framework="pt") as f:
-            header, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in sorted(f.keys())}
-    except SafetensorError as error:
-        raise ValueError(f"{file} cannot be read as safetensors ({error})") from error
-    rank = _check_fits(unet, tensors, file)
-    config = json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "{}"))
-    alpha = config.get("unet.lora_alpha", rank)
-    _inject(unet, name, sorted({k.removeprefix("unet.").split(".lora_")[0] for k in tensors}), rank, alpha)
-    load_adapter_state(unet, name, {k.removeprefix("unet."): v for k, v in tensors.items()})
-    parameters = adapter_parameters(unet, name)
-    for p in parameters:
-        p.requires_grad_(False)
-    return parameters
-
-
-def _check_fits(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor], file: Path) -> int:
-    """The rank of a LoRA file, if it fits the network."""
-    modules, rank = dict(unet.named_modules()), 0
-    for key, tensor in tensors.items():
-        layer, _, side = key.removeprefix("unet.").partition(".lora_")
-        if not key.startswith("unet.") or side not in ("A.weight", "B.weight"):
-            raise ValueError(f"{file}: {key} is not a LoRA weight of a UNet in diffusers' naming (unet.<layer>.lora_A.weight)")
-        found, down = tuple(tensor.shape), side == "A.weight"
-        weight = getattr(modules.get(layer), "weight", None)
-        if weight is None or weight.ndim < 2:
-            raise ValueError(f"{file}: the LoRA is for another model: {key} has shape {found}, this model has no layer {layer}")
-        rank = rank or tensor.shape[0 if down else 1]
-        kernel = tuple(weight.shape[2:])  # of a convolution
-        wanted = (rank, weight.shape[1], *kernel) if down else (weight.shape[0], rank, *(1 for _ in kernel))
-        if found != wanted:
-            raise ValueError(f"{file}: the LoRA is for another model: {key} has shape {found}, this model needs {wanted}")
-    if not rank:
-        raise ValueError(f"{file}: holds no weights")
-    return rank
-
-
-def _inject(unet: UNet2DConditionModel, name: str, targets: list[str], rank: int, alpha: int) -> None:
+def inject(unet: UNet2DConditionModel, name: str, targets: list[str], rank: int, alpha: int) -> None:
     """Add an adapter and make it active; its weights are to be set by the caller."""
     if name in getattr(unet, "peft_config", {}):
         raise ValueError(f"adapter {name!r} is there already")
@@ -313,7 +221,8 @@ def _block_layers(unet: UNet2DConditionModel) -> list[str]:
     return [n for n in names if ".lora_" not in n and not n.endswith(".base_layer")]  # inner parts of earlier adapters
 
 
-def _layers(unet: UNet2DConditionModel, name: str) -> dict[str, LoraLayer]:
+def layers_of(unet: UNet2DConditionModel, name: str) -> dict[str, LoraLayer]:
+    """The layers that an adapter acts on, by their names, in the network's order."""
     found = {n: m for n, m in unet.named_modules() if isinstance(m, LoraLayer) and name in m.lora_A}
     if not found:
         raise ValueError(f"no adapter {name!r}; there are: {', '.join(getattr(unet, 'peft_config', {})) or 'none'}")
@@ -322,7 +231,7 @@ def _layers(unet: UNet2DConditionModel, name: str) -> dict[str, LoraLayer]:
 
 def _named(unet: UNet2DConditionModel, name: str) -> dict[str, nn.Parameter]:
     """The adapter's parameters under the names of its state."""
-    layers = _layers(unet, name).items()
+    layers = layers_of(unet, name).items()
     return {f"{n}.lora_{side}.weight": part[name].weight for n, m in layers for side, part in (("A", m.lora_A), ("B", m.lora_B))}
 
 

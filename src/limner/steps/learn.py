@@ -65,12 +65,12 @@ def train(run: Run, name: str) -> None:
 def _write_adapter(run: Run, name: str, pipeline: Pipeline, identity: dict[str, Any]) -> None:
     """The trained adapter in both formats, its card, and of the stage `base` the model; then the stage counts as trained."""
     from limner import seeds
-    from limner.models import lora
     from limner.models.card import write_card
+    from limner.models.lora_file import save_lora
     from limner.training.stage import POLICY
 
     folder = run.out / "train" / name
-    lora.save_lora(folder / "adapter", pipeline.unet, POLICY, metadata={"stage": name, "recipe": run.recipe.name, "base": pipeline.hash})
+    save_lora(folder / "adapter", pipeline.unet, POLICY, metadata={"stage": name, "recipe": run.recipe.name, "base": pipeline.hash})
     grids = sorted((folder / "samples").glob("*.png"))
     scale, blocks = run.strength(name)
     write_card(
@@ -90,7 +90,8 @@ def _save_tuned_base(run: Run) -> None:
 
     In float32, whatever it was trained in: half of a bf16 weight's last digit is more than many of the adapter's changes.
     """
-    from limner.models.lora import load_lora, merge_adapter
+    from limner.models.lora import merge_adapter
+    from limner.models.lora_file import load_lora
     from limner.models.stable_diffusion import save_pipeline
 
     pipeline = load_model(replace(run.recipe, model=replace(run.recipe.model, mixed_precision="no", device="cpu")))

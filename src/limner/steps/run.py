@@ -73,7 +73,8 @@ class Run:
         Raises:
             ValueError: the stage is not trained.
         """
-        from limner.models.lora import fuse_adapter, load_lora, set_adapter_scale
+        from limner.models.lora import fuse_adapter, set_adapter_scale
+        from limner.models.lora_file import load_lora
 
         pipeline = self.fresh()
         if stage in ("", BASE):
