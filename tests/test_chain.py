@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -42,6 +43,29 @@ def test_a_recipe_runs_from_photos_to_report(tmp_path):
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*.parquet")}
     assert main(["run", recipe]) == 0
     assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_drawn_again_at_another_strength_after_an_update(tmp_path):
+    """Stages that were trained before an option existed are not trained again; the card says the strength that was measured last."""
+    recipe, out = str(write_recipe(tmp_path)), tmp_path / "out"
+    assert main(["run", recipe]) == 0
+    for path in out.glob("train/*/identity.json"):
+        identity = json.loads(path.read_text())
+        assert identity["learn"].pop("layers") == "attention"
+        path.write_text(json.dumps(identity))
+    card = out / "train/easy/adapter/README.md"
+    assert 'pipe.set_adapters("easy", 0.5)' in card.read_text()
+    shutil.rmtree(out / "generate")
+    before = {p: p.stat().st_mtime_ns for p in out.glob("train/*/adapter/*.safetensors")}
+    assert main(["run", recipe, "--generate.lora_scale", "0.25"]) == 0
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+    assert 'pipe.set_adapters("easy", 0.25)' in card.read_text()
+    assert (
+        main(
+            ["run", recipe, "--stages.easy.learn.layers", "all", "--stages.normal.learn.layers", "all", "--stages.hard.learn.layers", "all"]
+        )
+        == 2
+    )
 
 
 def test_a_single_file_checkpoint_through_the_whole_chain(tmp_path):
