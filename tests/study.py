@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from sqlalchemy import select
 from starlette.testclient import TestClient
 
 from limner.feedback import accounts, server
-from limner.feedback.database import Database
+from limner.feedback.database import Answer, Database, reading
 from limner.feedback.study import Study, load_study
 
 ORIGIN = "http://testserver"
@@ -44,6 +45,13 @@ def study_of(folder: Path, values: dict[str, Any]) -> Study:
     path = folder / "study.yaml"
     path.write_text(json.dumps(values))
     return load_study(path)
+
+
+def site(folder: Path, texts: dict[str, str], values: dict[str, Any]) -> tuple[Study, Database]:
+    """A study of images with these texts, and its database."""
+    image_folder(folder / "images", texts)
+    study = study_of(folder, values)
+    return study, server.prepare(study)
 
 
 def client(study: Study, database: Database) -> TestClient:
@@ -80,3 +88,9 @@ def answer(browser: TestClient, payload: dict[str, Any], id: str, item: int = 0,
     """Submit for the item that is due (or another); returns the response."""
     item = item or browser.get("/api/task").json()["item"]["id"]
     return browser.post("/api/submit", json={"id": id, "item": item, "base": base, "payload": payload, **more})
+
+
+def stored(database: Database, kind: type = Answer) -> list[Any]:
+    """All rows of a table."""
+    with reading(database) as session:
+        return list(session.execute(select(kind)).scalars())

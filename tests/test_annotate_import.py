@@ -26,9 +26,7 @@ TEXTS = {f"i{n}": f"a red cat number {n}" for n in range(4)}
 
 @pytest.fixture
 def site(tmp_path: Path):
-    s.image_folder(tmp_path / "images", TEXTS)
-    study = s.study_of(tmp_path, {"overlap": 2})
-    return study, server.prepare(study)
+    return s.site(tmp_path, TEXTS, {"overlap": 2})
 
 
 def test_an_import_counts_records_and_writes_its_whole_report(site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The annotation server by HTTP: assignments, drafts, revisions, gold, access. Counts are worked out by hand."""
+"""The annotation server by HTTP: assignments, drafts, revisions, pages. Counts are worked out by hand."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from sqlalchemy import select
 
 import study as s
 from limner.cli import main
-from limner.feedback import accounts, answers, exports, fill, progress, server
-from limner.feedback.database import Answer, Draft, Rater, Slot, open_database, reading, writing
+from limner.feedback import answers, exports, fill, progress, server
+from limner.feedback.database import Draft, Slot, open_database, writing
 from limner.feedback.exchange import read_rows
-from limner.feedback.guard import Bucket, allow
 from limner.feedback.study import load_study
 
 TEXTS = {f"i{n}": f"a red cat number {n}" for n in range(4)}
@@ -26,14 +25,7 @@ TEXTS = {f"i{n}": f"a red cat number {n}" for n in range(4)}
 
 @pytest.fixture
 def site(tmp_path: Path):
-    s.image_folder(tmp_path / "images", TEXTS)
-    study = s.study_of(tmp_path, {"overlap": 2, "raters": ["anna"], "server": {"requests_per_second": 1000}})
-    return study, server.prepare(study)
-
-
-def stored(database, kind=Answer):
-    with reading(database) as session:
-        return list(session.execute(select(kind)).scalars())
+    return s.site(tmp_path, TEXTS, {"overlap": 2, "raters": ["anna"], "server": {"requests_per_second": 1000}})
 
 
 def test_two_raters_finish_a_study_and_nobody_sees_an_item_twice(site) -> None:
@@ -43,7 +35,7 @@ def test_two_raters_finish_a_study_and_nobody_sees_an_item_twice(site) -> None:
         for n, rater in enumerate(raters):
             if rater.get("/api/task").json()["item"]:
                 assert s.answer(rater, s.rich([[0.5, 0.5]], [1]), f"answer-{n}-{turn}").status_code == 200
-    pairs = [(a.item_id, a.rater_id) for a in stored(database)]
+    pairs = [(a.item_id, a.rater_id) for a in s.stored(database)]
     assert len(pairs) == len(set(pairs)) == 8  # 4 items by 2
     assert sorted([i for i, _ in pairs].count(i) for i in {i for i, _ in pairs}) == [2, 2, 2, 2]
     end = raters[0].get("/api/task").json()
@@ -68,7 +60,7 @@ def test_the_last_slot_is_held_by_one_and_given_on_when_its_time_is_over(site) -
     assert s.answer(a, s.rich(), "from-a-0", items[0]).status_code == 200
     late = s.answer(b, s.rich(), "from-b-0", items[0])
     assert late.status_code in (400, 409)
-    assert sum(x.item_id == items[0] for x in stored(database)) == 2
+    assert sum(x.item_id == items[0] for x in s.stored(database)) == 2
 
 
 def test_a_late_draft_is_kept_and_its_answer_refused(site) -> None:
@@ -84,7 +76,7 @@ def test_a_late_draft_is_kept_and_its_answer_refused(site) -> None:
         assert s.answer(r, s.rich(), f"others-{n}", r.get("/api/task").json()["item"]["id"]).status_code == 200
     late = s.answer(a, s.rich(), "too-late-0", item)
     assert late.status_code == 409 and "went to other raters" in late.json()["error"]
-    assert [json.loads(d.payload) for d in stored(database, Draft)] == [{"ratings": {"overall": 2}}]
+    assert [json.loads(d.payload) for d in s.stored(database, Draft)] == [{"ratings": {"overall": 2}}]
 
 
 def test_the_same_submission_twice_is_one_answer(site) -> None:
@@ -93,7 +85,7 @@ def test_the_same_submission_twice_is_one_answer(site) -> None:
     item = a.get("/api/task").json()["item"]["id"]
     first, again = (s.answer(a, s.rich([[0.1, 0.2]]), "same-id-1", item).json() for _ in range(2))
     assert (first["again"], again["again"], first["revision"], again["revision"]) == (False, True, 1, 1)
-    assert len(stored(database)) == 1
+    assert len(s.stored(database)) == 1
     b = s.sign_in(s.client(study, database), study, database, "b")
     stolen = s.answer(b, s.rich(), "same-id-1")
     assert stolen.status_code == 400 and "used before" in stolen.json()["error"]
@@ -107,7 +99,7 @@ def test_edits_keep_every_revision_and_the_last_counts(site) -> None:
     seen = a.get(f"/api/task?item={item}").json()
     assert seen["revision"] == 1 and seen["answer"]["ratings"]["overall"] == 2
     s.answer(a, s.rich(rating=5), "second-one", item, base=1)
-    assert [(x.revision, json.loads(x.payload)["ratings"]["overall"]) for x in stored(database)] == [(1, 2), (2, 5)]
+    assert [(x.revision, json.loads(x.payload)["ratings"]["overall"]) for x in s.stored(database)] == [(1, 2), (2, 5)]
     (given,) = answers.given(study, database)
     assert given.found["ratings"]["overall"] == 5
     assert [h["revision"] for h in answers.history(database)] == [1, 2]
@@ -125,7 +117,7 @@ def test_two_tabs_of_one_rater(site) -> None:
     assert stale.status_code == 409 and "another tab" in stale.json()["error"]
     assert s.answer(a, s.rich(), "tab-one-1", item).status_code == 200
     other = s.answer(a, s.rich(rating=1), "tab-two-1", item)
-    assert other.status_code == 409 and len(stored(database)) == 1
+    assert other.status_code == 409 and len(s.stored(database)) == 1
 
 
 def test_skips_free_the_slot_for_others_and_can_be_taken_back(site) -> None:
@@ -136,7 +128,7 @@ def test_skips_free_the_slot_for_others_and_can_be_taken_back(site) -> None:
     assert a.post("/api/submit", content=json.dumps(body), headers={"content-type": "application/json"}).status_code == 422
     after = a.post("/api/submit", json={**body, "skipped": "I cannot\x00 tell\n"})
     assert after.json()["next"]["item"]["id"] != item
-    assert [x.skipped for x in stored(database)] == ["I cannot tell"]
+    assert [x.skipped for x in s.stored(database)] == ["I cannot tell"]
     assert answers.given(study, database) == [] and progress.overview(database)["skipped"] == 1
     assert b.get("/api/task").json()["item"]["id"] == item
     assert s.answer(a, s.rich(), "after-all-1", item, base=1).status_code == 200
@@ -161,7 +153,7 @@ def test_incomplete_answers_are_refused_in_the_raters_words(site, change, messag
     a = s.sign_in(s.client(study, database), study, database, "a")
     refused = s.answer(a, s.rich() | change, "not-complete")
     assert refused.status_code == 400 and message in refused.json()["error"]
-    assert stored(database) == []
+    assert s.stored(database) == []
 
 
 def test_an_admin_settles_and_the_raters_answers_are_kept(site) -> None:
@@ -178,7 +170,7 @@ def test_an_admin_settles_and_the_raters_answers_are_kept(site) -> None:
     assert s.answer(boss, s.rich(rating=2), "settled-1", item).status_code == 200
     assert [(g.rater, g.found["ratings"]["overall"]) for g in answers.given(study, database)] == [("boss", 2)]
     assert len(answers.given(study, database, settled=False)) == 2 and progress.disagreements(answers.given(study, database)) == []
-    assert len(stored(database)) == 3
+    assert len(s.stored(database)) == 3
 
 
 def test_pages_and_exports_of_admins(site, tmp_path: Path) -> None:
@@ -211,97 +203,6 @@ def test_pages_and_exports_of_admins(site, tmp_path: Path) -> None:
     assert report["consolidated"]["rows"] == 4 and report["agreement"]["overall"]["alpha"] == pytest.approx(1)
     consolidated = exports.read_consolidated(Path(study.output_dir) / "rich")
     assert consolidated[0].labels == (1, 0, 1, 1, 1) and consolidated[0].overall == 0.25
-
-
-def test_access(site) -> None:
-    study, database = site
-    nobody = s.client(study, database)
-    assert nobody.get("/").headers["location"] == "/login" and nobody.get("/api/task").status_code == 401
-    a = s.sign_in(s.client(study, database), study, database, "a")
-    token = a.get("/api/task").json()["item"]["images"][0]["token"]
-    picture = a.get(f"/images/{token}")
-    assert picture.headers["content-type"] == "image/png" and nobody.get(f"/images/{token}").status_code in (303, 401)
-    for path in ("/admin", "/admin/gallery", "/admin/items/1", "/admin/export/feedback.csv"):
-        assert a.get(path).status_code == 403
-    page = a.get("/")
-    assert page.headers["content-security-policy"].startswith("default-src 'none'; script-src 'self'")
-    assert "unsafe" not in page.headers["content-security-policy"] and page.headers["x-content-type-options"] == "nosniff"
-    assert s.token_in(page.text) == a.headers["x-csrf-token"]
-
-
-def test_cookies(site) -> None:
-    study, database = site
-    browser = s.client(study, database)
-    link = server.invitation(study, database, "anna", "rater", "")
-    assert browser.get(link).status_code == browser.get(link).status_code == 200  # looking does not use it up
-    cookie = browser.post(link).headers["set-cookie"].lower()
-    assert "httponly" in cookie and "samesite=strict" in cookie
-    assert s.client(study, database).post(link).status_code == 410
-    value = browser.cookies["limner"]
-    body, signature = value.split(".")
-    changed = ("A" if signature[0] != "A" else "B") + signature[1:]  # not the last letter: two of its bits are padding
-    for forged in (f"{body}.{changed}", body, "x.y", "ü"):
-        assert accounts.person(database, forged, accounts.study_key(database)) is None
-    with writing(database) as session:
-        session.execute(accounts.update(accounts.Login).values(expires=1.0))
-    expired = browser.post("/api/draft", json={"item": 1, "version": 0, "payload": {}})
-    assert expired.status_code == 401 and "Sign in again" in expired.json()["error"]
-
-
-def test_passwords(site) -> None:
-    study, database = site
-    browser = s.client(study, database)
-    link = server.invitation(study, database, "anna", "rater", "")
-    assert browser.post(link, data={"password": "short"}).status_code == 400
-    assert browser.post(link, data={"password": "long enough it is"}).status_code == 303
-    other = s.client(study, database)
-    assert other.post("/login", data={"name": "anna", "password": "long enough it isn't"}).status_code == 401
-    assert other.post("/login", data={"name": "nobody", "password": "long enough it is"}).status_code == 401
-    assert other.post("/login", data={"name": "anna", "password": "long enough it is"}).status_code == 303
-    with reading(database) as session:
-        (hashed,) = session.execute(select(accounts.Rater.password).where(accounts.Rater.name == "anna")).one()
-    assert hashed.startswith("$argon2id$")
-    boss = s.sign_in(s.client(study, database), study, database, "boss", "admin")
-    (who,) = [r["id"] for r in progress.rater_rows(database, []) if r["name"] == "anna"]
-    boss.post("/admin/block", data={"rater": who, "csrf": boss.headers["x-csrf-token"]})
-    assert other.get("/api/task").status_code == 401
-    assert other.post("/login", data={"name": "anna", "password": "long enough it is"}).status_code == 401
-
-
-def test_posts_of_other_sites_are_refused(site) -> None:
-    study, database = site
-    a = s.sign_in(s.client(study, database), study, database, "a")
-    item = a.get("/api/task").json()["item"]["id"]
-    body = {"id": "cross-site-1", "item": item, "base": 0, "payload": s.rich()}
-    for headers in (
-        {"origin": "https://elsewhere.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}, {"sec-fetch-site": "same-site"},
-        {"x-csrf-token": ""}, {"x-csrf-token": "x" * 32}, {"x-csrf-token": "é"},
-    ):  # fmt: skip
-        assert a.post("/api/submit", json=body, headers={k: v.encode() for k, v in headers.items()}).status_code == 403, headers
-    assert a.post("/logout", data={"csrf": "no"}).status_code == 403
-    assert stored(database) == []
-    assert a.post("/api/submit", json=body, headers={"origin": s.ORIGIN}).status_code == 200
-
-
-def test_rate_limits(site, tmp_path: Path) -> None:
-    bucket = Bucket(rate=1, burst=3)
-    assert [allow(bucket, "a", 0.0) for _ in range(4)] == [True, True, True, False]
-    assert allow(bucket, "b", 0.0) and not allow(bucket, "a", 0.5) and allow(bucket, "a", 1.5)
-    study, database = site
-    browser = s.client(study, database)
-    tried = [browser.get("/join/no").status_code for _ in range(study.server.attempts_per_minute + 2)]
-    assert tried[0] == 410 and tried[-1] == 429
-
-
-def test_only_this_machine_unless_told(site) -> None:
-    study = site[0]
-    folder = Path(study.output_dir).parent
-    open_to_all = load_study(folder / "study.yaml", ["--server.host", "0.0.0.0"])
-    with pytest.raises(ValueError, match=r"server.host: 0.0.0.0 is reached from other machines"):
-        server.serve(open_to_all)
-    public = load_study(folder / "study.yaml", ["--server.host", "0.0.0.0", "--server.public", "true"])
-    with pytest.raises(ValueError, match="no admin has a password"):
-        server.serve(public)
 
 
 def test_another_study_in_the_same_database_is_refused(site) -> None:
@@ -354,7 +255,7 @@ def test_a_page_that_missed_a_reply_is_not_another_tab(site) -> None:
     assert draft("one", 0, 1).json() == {"version": 1}
     assert draft("one", 0, 2).json() == {"version": 2}, "the reply to the first was lost"
     assert draft("two", 0, 3).status_code == 409
-    assert [json.loads(d.payload)["x"] for d in stored(database, Draft)] == [2]
+    assert [json.loads(d.payload)["x"] for d in s.stored(database, Draft)] == [2]
 
 
 def test_a_rater_who_begins_after_the_lease_can_save(site) -> None:
@@ -385,17 +286,3 @@ def test_guidelines_are_text_or_a_file_that_is_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"guidelines: guidelins.txt: no such file"):
         server.prepare(missing)
     assert not (tmp_path / "other").exists()
-
-
-def test_a_second_link_leaves_an_admin_an_admin(tmp_path: Path) -> None:
-    """And links begin where the study says that its page is."""
-    s.image_folder(tmp_path / "images", TEXTS)
-    study = s.study_of(tmp_path, {"server": {"address": "https://rate.example.org/"}})
-    database = server.prepare(study)
-    boss = s.sign_in(s.client(study, database), study, database, "boss", "admin")
-    server.invitation(study, database, "boss", "", "")
-    assert boss.get("/admin").status_code == 200
-    made = boss.post("/admin/invite", data={"csrf": s.token_in(boss.get("/admin").text), "name": "anna", "role": ""})
-    assert "https://rate.example.org/join/" in made.text
-    with writing(database) as session:
-        assert {r.name: r.role for r in session.execute(select(Rater)).scalars()} == {"boss": "admin", "anna": "rater"}

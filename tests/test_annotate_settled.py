@@ -17,9 +17,7 @@ TEXTS = {f"i{n}": f"a red cat number {n}" for n in range(4)}
 
 @pytest.fixture
 def site(tmp_path: Path):
-    s.image_folder(tmp_path / "images", TEXTS)
-    study = s.study_of(tmp_path, {"overlap": 2})
-    return study, server.prepare(study)
+    return s.site(tmp_path, TEXTS, {"overlap": 2})
 
 
 def test_raters_disagree_on_words_and_on_whether_anything_is_wrong(tmp_path: Path) -> None:
